@@ -1,0 +1,48 @@
+# make help lists the targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+
+# pip, not uv: it takes torch from where the machine keeps it.
+.venv/installed: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+.PHONY: help install run test lint ui demo-teacher schema lock bench-recipe
+
+help: ## List the targets.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+install: .venv/installed ## Make .venv from requirements.lock.
+
+run: install ## Run the chain with params.yaml.
+	$(BIN)/snakemake --cores all
+
+test: install lint ## Lint, then all tests but the heavy suites.
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: install ## ruff, snakefmt, snakemake --lint, mypy.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile workflow/rules
+	$(BIN)/snakemake --lint
+	$(BIN)/mypy
+
+ui: install ## Open MLflow's pages on what was logged.
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
+
+demo-teacher: install ## Train the demo teacher anew (about an hour on two cores).
+	$(BIN)/snakemake --cores all train_demo_teacher
+
+bench-recipe: install ## Samples the plain recipe needs to match the compensated one.
+	$(BIN)/python benchmarks/recipe.py
+
+schema: install ## Write workflow/schemas/params.schema.json from dgmr.params.
+	$(BIN)/dgmr schema > workflow/schemas/params.schema.json
+
+lock: install ## Write requirements.lock from what is installed.
+	{ echo "# Exact versions of everything; pyproject.toml has the ranges. Made by: make lock"; \
+	  $(BIN)/pip freeze --exclude-editable --disable-pip-version-check; } > requirements.lock

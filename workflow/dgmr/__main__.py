@@ -1,0 +1,5 @@
+"""``python -m dgmr`` is the command ``dgmr``."""
+
+from dgmr.cli import main
+
+main()

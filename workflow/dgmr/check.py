@@ -1,0 +1,77 @@
+"""The first job: what params.yaml alone cannot tell is checked before any work begins."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from dgmr.data import tables
+from dgmr.data.evaluation import count_classes
+from dgmr.errors import DgmrError
+from dgmr.files import write_json
+from dgmr.models import TimmModel, input_size, mlps, widths
+from dgmr.params import Data, Prune, Teacher
+from dgmr.prune.model import check_ratio
+
+_LOCAL = "local-dir:"
+
+
+def check(teacher: Teacher, data: Data, prune: Prune, output: Path) -> None:
+    """Open the teacher's structure and the tables' schemas; write what was found to ``output``.
+
+    Raises:
+        DgmrError: one sentence on the first thing that would fail later.
+    """
+    model = teacher_skeleton(teacher.model)
+    dense = widths(model)
+    check_ratio(model, prune.ratio)
+    if input_size(model)[0] != 3:
+        raise DgmrError(
+            f"teacher.model: {teacher.model} takes {input_size(model)[0]} channels;"
+            " images come as RGB, so it must take 3."
+        )
+    if data.table is not None:
+        for path in tables.find(data.table):
+            tables.columns(path, data.filters)
+    classes = count_classes(data.eval)
+    if classes is not None and model.num_classes and classes > model.num_classes:
+        raise DgmrError(
+            f"data.eval.path: {data.eval.path} has {classes} classes, but teacher.model"
+            f" {teacher.model} has {model.num_classes}."
+        )
+    found: dict[str, Any] = {
+        "teacher": {"model": teacher.model, "hidden_features": dense, "mlps": len(mlps(model))},
+    }
+    write_json(output, found)
+
+
+def teacher_skeleton(name: str) -> TimmModel:
+    """The model's structure on the meta device: no weights are read.
+
+    Raises:
+        DgmrError: there is no such model, no pretrained weights for it, or a file is missing.
+    """
+    if name.startswith(_LOCAL):
+        folder = Path(name.removeprefix(_LOCAL))
+        for file in ("config.json", "model.safetensors"):
+            if not (folder / file).is_file():
+                raise DgmrError(
+                    f"teacher.model: {folder / file} is missing; a local-dir is a folder with"
+                    " config.json and model.safetensors, as timm.models.save_for_hf writes it."
+                )
+    elif ":" not in name and not timm.is_model_pretrained(name):
+        known = timm.is_model(name)
+        raise DgmrError(
+            f"teacher.model: timm has no pretrained weights for {name}."
+            if known
+            else f"teacher.model: timm knows no model {name}; see timm.list_models(pretrained=True),"
+            " or give hf-hub:<repository> or local-dir:<folder>."
+        )
+    try:
+        with torch.device("meta"):
+            model: TimmModel = timm.create_model(name, pretrained=False)
+    except Exception as error:
+        # timm and the hub raise all sorts of errors; each means the same to the user.
+        raise DgmrError(f"teacher.model: {name} cannot be built: {error}") from error
+    return model

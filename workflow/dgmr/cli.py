@@ -1,0 +1,318 @@
+"""The command ``dgmr``: one sub-command a step, each a thin call into its stage.
+
+Stages are imported when they are called, so that ``dgmr --help`` needs no torch. A section of the
+params (``--config``) is JSON, as the rules pass it, or a params file, by hand.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dgmr import params
+from dgmr.errors import DgmrError
+
+
+def _group(help: str) -> typer.Typer:
+    return typer.Typer(
+        help=help, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    )
+
+
+app = _group("Prune vision transformers and distil what they knew.")
+teacher_app = _group("Bring the teacher in.")
+data_app = _group("From a table of URLs to shards.")
+features_app = _group("What the teacher says of the images.")
+prune_app = _group("Keep a diverse subset of hidden neurons.")
+evaluate_app = _group("Compare the models.")
+
+Config = Annotated[str, typer.Option(help="The section as JSON, or a params file.")]
+Output = Annotated[Path, typer.Option(help="What to write.")]
+Teacher = Annotated[Path, typer.Option(help="The teacher's artefact.")]
+Data = Annotated[Path, typer.Option(help="Folder of shards with its manifest.")]
+Features = Annotated[Path, typer.Option(help="The features room, results/features.")]
+Downloads = Annotated[Path, typer.Option(help="Where Fashion-MNIST is kept if it is fetched.")]
+Part = Annotated[int, typer.Option(help="Which share of the blocks, from 0.")]
+Parts = Annotated[int, typer.Option(help="How many shares there are.")]
+
+
+def main() -> None:
+    """Run a command; bad input ends with its sentence on standard error and status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        app()
+    except DgmrError as error:
+        print(f"dgmr: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of params.yaml."""
+    print(json.dumps(params.schema(), indent=2))
+
+
+@app.command()
+def check(teacher: Config, data: Config, prune: Config, output: Output) -> None:
+    """Check the model and the tables before any work begins."""
+    from dgmr.check import check
+
+    check(
+        params.section(params.Teacher, teacher),
+        params.section(params.Data, data),
+        params.section(params.Prune, prune),
+        output,
+    )
+
+
+@teacher_app.command("convert")
+def teacher_convert(config: Config, output: Output) -> None:
+    """Write a pretrained timm model as a model artefact."""
+    from dgmr.teacher.convert import convert
+
+    convert(params.section(params.Teacher, config).model, output)
+
+
+@teacher_app.command("train-demo")
+def teacher_train_demo(output: Output, downloads: Downloads, epochs: int | None = None) -> None:
+    """Train the demo teacher anew."""
+    from dgmr.teacher.demo import Recipe, train
+
+    recipe = Recipe()
+    if epochs is not None:
+        recipe = dataclasses.replace(recipe, epochs=epochs)
+    train(output, downloads, recipe)
+
+
+@data_app.command("fashion-table")
+def data_fashion_table(output: Output, downloads: Downloads) -> None:
+    """Write Fashion-MNIST's train images as files, with a table in LAION's columns."""
+    from dgmr.data.fashion_table import make
+
+    make(output, downloads)
+
+
+@data_app.command("select")
+def data_select(table: Annotated[str, typer.Option()], config: Config, output: Output) -> None:
+    """Filter a table (a path or glob) and draw the samples."""
+    from dgmr.data.select import select
+
+    select(table, params.section(params.Data, config), output)
+
+
+@data_app.command("pack")
+def data_pack(
+    shards: Annotated[list[str], typer.Argument(help="Names of the shards to write.")],
+    rows: Annotated[Path, typer.Option(help="Parquet of the selected rows.")],
+    table_folder: Annotated[Path, typer.Option(help="What relative URLs are relative to.")],
+    output: Output,
+    downloaded: Annotated[Path | None, typer.Option(help="img2dataset's output folder.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Largest shorter side, pixels.")] = None,
+) -> None:
+    """Pack the selected images into shards."""
+    from dgmr.data.pack import pack
+
+    pack(
+        rows,
+        shards,
+        output,
+        table_folder=table_folder,
+        downloaded=downloaded,
+        image_size=image_size,
+    )
+
+
+@data_app.command("evaluation")
+def data_evaluation(
+    config: Annotated[str, typer.Option(help="data.eval as JSON.")],
+    shard_size: Annotated[int, typer.Option(help="Samples a shard.")],
+    output: Output,
+    downloads: Downloads,
+) -> None:
+    """Pack the labelled images into evaluation shards."""
+    from dgmr.data.evaluation import make
+
+    make(params.section(params.EvaluationData, config), shard_size, output, downloads)
+
+
+@data_app.command("publish")
+def data_publish(
+    jobs: Annotated[list[Path], typer.Argument(help="Folders of packed shards.")],
+    evaluation: Annotated[Path, typer.Option(help="Folder of evaluation shards.")],
+    selection: Annotated[Path, typer.Option(help="selection.json")],
+    output: Output,
+) -> None:
+    """Gather the shards into results/data."""
+    from dgmr.data.publish import publish
+
+    publish(jobs, evaluation, selection, output)
+
+
+@features_app.command("targets")
+def features_targets(
+    shards: Annotated[list[str], typer.Argument(help="Names of the shards.")],
+    teacher: Teacher,
+    data: Data,
+    config: Config,
+    output: Output,
+) -> None:
+    """Cache the teacher's outputs for every view of some shards."""
+    from dgmr.features.targets import compute
+
+    compute(teacher, data, shards, params.section(params.Features, config), output)
+
+
+@features_app.command("calibration")
+def features_calibration(teacher: Teacher, data: Data, config: Config, output: Output) -> None:
+    """Keep the inputs of every MLP for some images."""
+    from dgmr.features.calibration import compute
+
+    section = params.section(params.Features, config)
+    compute(teacher, data, section.calibration, section.batch_size, output)
+
+
+@features_app.command("publish")
+def features_publish(
+    targets: Annotated[list[Path], typer.Argument(help="Folders of targets.")],
+    calibration: Annotated[Path, typer.Option(help="Folder of calibration inputs.")],
+    teacher: Teacher,
+    config: Config,
+    output: Output,
+) -> None:
+    """List the features in results/features."""
+    from dgmr.features.publish import publish
+
+    publish(teacher, targets, calibration, params.section(params.Features, config), output)
+
+
+@prune_app.command("orders")
+def prune_orders(
+    teacher: Teacher,
+    max_ratio: Annotated[float, typer.Option(help="How far the orders reach.")],
+    part: Part,
+    parts: Parts,
+    output: Output,
+) -> None:
+    """Order the hidden neurons of a share of the blocks."""
+    from dgmr.prune.orders import compute
+
+    compute(teacher, max_ratio, part, parts, output)
+
+
+@prune_app.command("refits")
+def prune_refits(
+    teacher: Teacher,
+    orders: Annotated[Path, typer.Option(help="Folder of orders.")],
+    features: Features,
+    ratio: Annotated[float, typer.Option(help="Neurons kept, over the embed dim.")],
+    ridge: Annotated[float, typer.Option(help="Strength of the ridge.")],
+    part: Part,
+    parts: Parts,
+    output: Output,
+) -> None:
+    """Compensate a share of the blocks in closed form."""
+    from dgmr.prune.refits import compute
+
+    compute(teacher, orders, features, ratio, ridge, part, parts, output)
+
+
+@prune_app.command("assemble")
+def prune_assemble(
+    teacher: Teacher,
+    orders: Annotated[Path, typer.Option(help="Folder of orders.")],
+    ratio: Annotated[float, typer.Option(help="Neurons kept, over the embed dim.")],
+    output: Output,
+    refits: Annotated[list[Path] | None, typer.Option(help="part-<p>.json of the refits.")] = None,
+) -> None:
+    """Write the pruned student."""
+    from dgmr.prune.assemble import assemble
+
+    assemble(teacher, orders, refits or [], ratio, output)
+
+
+@app.command()
+def distill(
+    stage: Annotated[str, typer.Option(help="Name of the stage.")],
+    parent: Annotated[Path, typer.Option(help="Artefact that the stage starts from.")],
+    teacher: Teacher,
+    data: Data,
+    features: Features,
+    config: Annotated[str, typer.Option(help="The stage as JSON.")],
+    output: Output,
+) -> None:
+    """Train one stage."""
+    from dgmr.distill.trainer import train
+
+    section = params.section(params.Stage, config)
+    train(stage, parent, teacher, data, features, section, output)
+
+
+@evaluate_app.command("model")
+def evaluate_model(
+    name: Annotated[str, typer.Option(help="What the report calls the model.")],
+    model: Annotated[Path, typer.Option(help="Its artefact.")],
+    teacher: Teacher,
+    data: Data,
+    config: Config,
+    output: Output,
+) -> None:
+    """Score a model on the evaluation shards."""
+    from dgmr.evaluate.accuracy import evaluate
+
+    batch_size = params.section(params.Evaluate, config).batch_size
+    evaluate(name, model, teacher, data, batch_size, output)
+
+
+@evaluate_app.command("speed")
+def evaluate_speed(
+    models: Annotated[list[str], typer.Argument(help="name=artefact of every model.")],
+    config: Config,
+    output: Output,
+) -> None:
+    """Measure images a second of all models, side by side."""
+    from dgmr.evaluate.speed import measure
+
+    named = dict(model.split("=", 1) for model in models)
+    folders = {name: Path(folder) for name, folder in named.items()}
+    measure(folders, params.section(params.Evaluate, config), output)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Option(help="results/")],
+    config: Annotated[str, typer.Option(help="All params as JSON, or a params file.")],
+) -> None:
+    """Write the page, the flat metrics and the exported student."""
+    from dgmr.report.page import report
+
+    resolved = params.section(params.Params, config)
+    report(results, list(resolved.distill.stages), resolved.model_dump(mode="json"), results)
+
+
+@app.command()
+def track(
+    room: Annotated[str, typer.Argument(help="teacher, data, ..., distill/<stage>, report")],
+    results: Annotated[Path, typer.Option(help="results/")],
+    config: Annotated[str, typer.Option(help="All params as JSON, or a params file.")],
+    output: Annotated[Path, typer.Option(help="Says whether the store was told.")],
+) -> None:
+    """Tell MLflow what a room's files say."""
+    from dgmr.files import write_json
+    from dgmr.track import track
+
+    told = track(room, params.section(params.Params, config), results)
+    write_json(output, {"room": room, "told": told})
+
+
+for name, group in {
+    "teacher": teacher_app,
+    "data": data_app,
+    "features": features_app,
+    "prune": prune_app,
+    "evaluate": evaluate_app,
+}.items():
+    app.add_typer(group, name=name)

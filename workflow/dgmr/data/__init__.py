@@ -1,0 +1,1 @@
+"""Data: a table of image URLs becomes shards; labelled images become evaluation shards."""

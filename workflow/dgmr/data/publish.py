@@ -1,0 +1,48 @@
+"""Gather the jobs' shards into ``results/data``, with the manifest, the ledger and the metrics."""
+
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dgmr.data.pack import LEDGER, SHARDS
+from dgmr.errors import DgmrError
+from dgmr.files import read_json, replaced, write_json
+from dgmr.shards import MANIFEST, Shard, link_shard, write_manifest
+
+METRICS = "metrics.json"
+
+
+def publish(jobs: list[Path], evaluation: Path, selection: Path, output: Path) -> None:
+    """Link the shards of ``jobs`` and ``evaluation`` into ``output``; the manifest comes last.
+
+    Raises:
+        DgmrError: not one image of the table could be had.
+    """
+    ledger = pa.concat_tables([pq.read_table(job / LEDGER) for job in jobs])
+    with replaced(output / LEDGER) as partial:
+        pq.write_table(ledger, partial)
+    reasons = Counter(status.split(":")[0] for status in ledger["status"].to_pylist())
+    if not reasons["ok"]:
+        raise DgmrError(
+            f"none of the {len(ledger)} images of data.table could be had ({dict(reasons)}):"
+            f" {output / LEDGER} says why for each; check the URLs and data.download."
+        )
+    shards = [(job, Shard(**entry)) for job in jobs for entry in read_json(job / SHARDS)]
+    for job, shard in shards:
+        link_shard(job, output, shard.name)
+    evaluation_manifest = read_json(evaluation / MANIFEST)
+    for entry in evaluation_manifest["shards"]:
+        link_shard(evaluation, output / "eval", entry["name"])
+    write_json(output / "eval" / MANIFEST, evaluation_manifest)
+    write_json(
+        output / METRICS,
+        {
+            "samples": reasons["ok"],
+            "eval_samples": evaluation_manifest["samples"],
+            "table": read_json(selection),
+            "images": dict(reasons),
+        },
+    )
+    write_manifest(output, [shard for _, shard in shards])

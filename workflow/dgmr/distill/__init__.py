@@ -1,0 +1,1 @@
+"""Distill: train the pruned student on the teacher's cached outputs, stage after stage."""

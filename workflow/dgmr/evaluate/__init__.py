@@ -1,0 +1,1 @@
+"""Evaluate: accuracy, agreement with the teacher, size and speed of every model in the chain."""

@@ -1,0 +1,1 @@
+"""Features: the frozen teacher's outputs for every (sample, view), and calibration inputs."""

@@ -1,0 +1,77 @@
+"""Keys of ``work/`` folders and hashes of code: what a result depends on, as a short name.
+
+Snakemake does not see Python imports, so a rule carries :func:`code` of its step among its params,
+and a ``work/<room>/<key>`` folder has it in its :func:`key`.
+"""
+
+import ast
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parent
+# They say how a stage is called and checked, not what it computes: values reach it through its
+# command line, which Snakemake watches.
+_NEUTRAL = {"dgmr.params", "dgmr.errors", "dgmr.cli", "dgmr.fingerprint"}
+
+
+def key(*parts: Any) -> str:
+    """Twelve hexadecimal digits that change when any of the JSON-able ``parts`` does."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@functools.cache
+def code(module: str) -> str:
+    """Hash of the source of ``module`` and of all modules of this package it imports, in the end.
+
+    ``dgmr.prune.orders``, say. Comments and docstrings do not count: it is a hash of the syntax
+    tree, so rewording one reruns nothing.
+    """
+    trees = {name: _without_docstrings(_source(name)) for name in sorted(_closure(module))}
+    return key({name: ast.dump(tree) for name, tree in trees.items()})
+
+
+def _closure(module: str) -> set[str]:
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in found or name in _NEUTRAL:
+            continue
+        found.add(name)
+        waiting += _imports(name)
+    return found
+
+
+@functools.cache
+def _imports(module: str) -> list[str]:
+    """Modules of this package that ``module`` imports, anywhere in its text."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(_source(module).read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # Either a module and names in it, or a package and modules in it.
+            names += [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+    return [name for name in names if name.startswith("dgmr.") and _is_module(name)]
+
+
+def _is_module(name: str) -> bool:
+    base = PACKAGE.joinpath(*name.split(".")[1:])
+    return base.with_suffix(".py").is_file()
+
+
+def _source(name: str) -> Path:
+    return PACKAGE.joinpath(*name.split(".")[1:]).with_suffix(".py")
+
+
+def _without_docstrings(path: Path) -> ast.AST:
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        match getattr(node, "body", None):
+            case [ast.Expr(value=ast.Constant(value=str())), *_] as body:
+                del body[0]
+    return tree

@@ -1,0 +1,57 @@
+"""A progress bar with images/s and time left; plain lines where the output is a file."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_LINE_EVERY_S = 10.0
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how far ``what`` has come, on standard error; call the given function with images done."""
+    started = time.monotonic()
+    done = 0
+
+    def rate() -> float:
+        return done / max(time.monotonic() - started, 1e-9)
+
+    if sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:.0f} images/s"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(what, total=total, rate=0.0)
+
+            def advance(images: int) -> None:
+                nonlocal done
+                done += images
+                bar.update(task, advance=images, rate=rate())
+
+            yield advance
+        return
+
+    printed = started
+
+    def advance_lines(images: int) -> None:
+        nonlocal done, printed
+        done += images
+        now = time.monotonic()
+        if now - printed >= _LINE_EVERY_S or done >= total:
+            printed = now
+            left = (total - done) / max(rate(), 1e-9)
+            print(
+                f"{what}: {done}/{total} images, {rate():.0f} images/s, {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    yield advance_lines

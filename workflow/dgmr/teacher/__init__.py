@@ -1,0 +1,1 @@
+"""Teacher: whatever timm can load becomes a model artefact; and how the demo teacher was made."""
