@@ -1,7 +1,9 @@
 """The MLflow store says what the files say: once, and whole."""
 
+import contextlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -281,7 +283,17 @@ def test_store_out_of_reach_is_one_warning(results, experiment, uri, capfd):
     assert "secret" not in err
 
 
-def test_locked_store_is_one_warning(results, experiment, monkeypatch, capfd):
+@pytest.mark.slow  # MLflow waits 20 s for a lock
+def test_store_locked_by_another_program_is_one_warning(results, experiment, capfd):
+    assert track.track("teacher", make_params(experiment), results)
+    with contextlib.closing(sqlite3.connect("mlflow.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert not track.track("data", make_params(experiment), results)
+    out, err = capfd.readouterr()
+    assert out == "" and "database is locked" in err and err.count("\n") == 1
+
+
+def test_endless_other_job_is_one_warning(results, experiment, monkeypatch, capfd):
     monkeypatch.setattr(track, "_LOCK_TIMEOUT_S", 0.1)
     track.LOCK.parent.mkdir(exist_ok=True)
     with FileLock(track.LOCK):

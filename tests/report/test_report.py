@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from dgmr.errors import DgmrError
 from dgmr.report import page
 from dgmr.report.metrics import read
@@ -61,6 +60,7 @@ def results(tmp_path: Path) -> Path:
         "full": results / "distill/full",
     }
     parent = None
+    hashes: dict[str, str] = {}
     for model, folder in folders.items():
         weights = f"weights of {model}".encode()
         sha256 = hashlib.sha256(weights).hexdigest()
@@ -70,11 +70,14 @@ def results(tmp_path: Path) -> Path:
         (folder / "model.safetensors").write_bytes(weights)
         parent = sha256
         size = {"params": 1_000_000, "flops": 20_000_000}
-        found = {"model": model, "sha256": sha256, "samples": 10_000} | size | EVALUATIONS[model]
+        hashes[model] = sha256
+        about = {"sha256": sha256, "teacher_sha256": hashes["teacher"], "samples": 10_000}
+        found = {"model": model} | about | size | EVALUATIONS[model]
         write(results / "evaluate" / f"{model}.json", found)
     write(
         results / "evaluate/speed.json",
-        {"device": "cpu", "threads": 2, "batch_size": 64, "repeats": 10, "images_per_s": SPEEDS},
+        {"device": "cpu", "threads": 2, "batch_size": 64, "repeats": 10}
+        | {"images_per_s": SPEEDS, "sha256": hashes},
     )
     write(folders["mlp"] / "history.json", history(5000, 0.5))
     write(folders["full"] / "history.json", history(20_000, 0.05))
@@ -194,8 +197,8 @@ def test_damaged_student_is_refused_and_not_exported(results: Path) -> None:
 
 
 def test_missing_file_and_missing_speed_are_told(results: Path) -> None:
-    change(results / "evaluate/speed.json", images_per_s={"teacher": 1.0})
-    with pytest.raises(DgmrError, match="no speed of pruned"):
+    change(results / "evaluate/speed.json", sha256={"teacher": "0"})
+    with pytest.raises(DgmrError, match=r"speed\.json is about other weights"):
         made(results)
     (results / "evaluate/speed.json").unlink()
     with pytest.raises(DgmrError, match=r"speed\.json is missing"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 _TEMPORARY = ".partial"
+_DISCARDED = ".discarded"
 
 
 @contextlib.contextmanager
@@ -31,22 +32,29 @@ def replaced(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """As :func:`replaced`, for a folder: ``folder`` holds all the block wrote, or what it held before."""
+    """As :func:`replaced`, for a folder: it holds all the block wrote, or what it held before.
+
+    A kill between two renames can leave no folder at all, never a part of one.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(folder.name + _TEMPORARY)
-    shutil.rmtree(partial, ignore_errors=True)
+    discarded = folder.with_name(folder.name + _DISCARDED)
+    for leftover in (partial, discarded):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
         for path in partial.rglob("*"):
             _flush(path)
         _flush(partial)
+        # Deleting takes steps, so it is done under another name: a half deleted folder is never seen.
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(discarded)
         partial.rename(folder)
         _flush(folder.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in (partial, discarded):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

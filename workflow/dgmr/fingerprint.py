@@ -28,10 +28,16 @@ def code(module: str) -> str:
     """Hash of the source of ``module`` and of all modules of this package it imports, in the end.
 
     ``dgmr.prune.orders``, say. Comments and docstrings do not count: it is a hash of the syntax
-    tree, so rewording one reruns nothing.
+    tree, so rewording one reruns nothing. Templates beside a stage's modules count.
     """
-    trees = {name: _without_docstrings(_source(name)) for name in sorted(_closure(module))}
-    return key({name: ast.dump(tree) for name, tree in trees.items()})
+    modules = sorted(_closure(module))
+    trees = {name: ast.dump(_without_docstrings(_source(name))) for name in modules}
+    templates = {
+        path.name: path.read_text()
+        for folder in sorted({_source(name).parent for name in modules})
+        for path in sorted(folder.glob("*.jinja"))
+    }
+    return key(trees, templates)
 
 
 def _closure(module: str) -> set[str]:
@@ -71,7 +77,14 @@ def _source(name: str) -> Path:
 def _without_docstrings(path: Path) -> ast.AST:
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
-        match getattr(node, "body", None):
-            case [ast.Expr(value=ast.Constant(value=str())), *_] as body:
-                del body[0]
+        if isinstance(body := getattr(node, "body", None), list):
+            body[:] = [statement for statement in body if not _is_docstring(statement)]
     return tree
+
+
+def _is_docstring(statement: ast.stmt) -> bool:
+    """Of a module, class, function or attribute."""
+    match statement:
+        case ast.Expr(value=ast.Constant(value=str())):
+            return True
+    return False

@@ -30,7 +30,9 @@ RESERVED_MODELS = ("teacher", "pruned", "student", "speed")
 class Section(BaseModel):
     """Base of all sections: unknown keys refused, values fixed once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Teacher(Section):
@@ -80,7 +82,7 @@ class EvaluationData(Section):
         if (self.source == "fashion-mnist") != (self.path is None):
             raise ValueError(
                 "data.eval.path must be given for the sources imagefolder and webdataset,"
-                " and only for them"
+                f" and only for them (source is {self.source}, path is {self.path})"
             )
         return self
 
@@ -116,7 +118,9 @@ class Data(Section):
                 f" (source is {self.source}, table is {self.table})"
             )
         if self.source == "fashion-mnist" and self.urls != "file":
-            raise ValueError("data.urls must be file for data.source: fashion-mnist")
+            raise ValueError(
+                f"data.urls must be file for data.source: fashion-mnist, not {self.urls}"
+            )
         return self
 
     @property
@@ -140,6 +144,7 @@ class Views(Section):
     count: Annotated[int, Field(ge=1)] = 1
     """Views of a sample."""
     seed: int = 0
+    """Of the crops and flips."""
     crop_scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (
         0.2,
         1.0,
@@ -165,6 +170,7 @@ class Calibration(Section):
     tokens: Annotated[int, Field(ge=1)] = 64
     """Tokens kept of each image, drawn at random; all where there are no more."""
     seed: int = 0
+    """Of the draw of the tokens."""
 
 
 class Features(Section):
@@ -224,6 +230,7 @@ class Stage(Section):
     samples: Annotated[int, Field(ge=1)]
     """(sample, view) pairs seen."""
     batch_size: Annotated[int, Field(ge=1)] = 64
+    """Images a step."""
     lr: Annotated[float, Field(gt=0)]
     """Peak learning rate of AdamW."""
     min_lr: Annotated[float, Field(ge=0)] = 1e-6
@@ -252,6 +259,7 @@ class Distill(Section):
     """Stages of distillation, in this order."""
 
     stages: Annotated[dict[StageName, Stage], Field(min_length=1)]
+    """By name, which is also that of the stage's results."""
 
     @model_validator(mode="after")
     def _names(self) -> Self:
@@ -280,6 +288,7 @@ class Mlflow(Section):
     tracking_uri: str | None = "sqlite:///mlflow.db"
     """MLflow store; a relative SQLite path is relative to the working folder; null: no logging."""
     experiment: Annotated[str, Field(min_length=1)] = "dgmr"
+    """Name of the MLflow experiment that the runs belong to."""
 
 
 class Params(Section):
@@ -314,7 +323,7 @@ def read(path: Path) -> Params:
     """
     try:
         values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DgmrError(f"{path} cannot be read as YAML: {error}.") from None
     if not isinstance(values, dict):
         raise DgmrError(f"{path} must be a mapping of sections ({', '.join(Params.model_fields)}).")
@@ -329,7 +338,14 @@ def section(kind: type[SectionT], text: str) -> SectionT:
     """
     if text.endswith((".yaml", ".yml")):
         found = read(Path(text))
-        return found if isinstance(found, kind) else getattr(found, kind.__name__.lower())
+        if isinstance(found, kind):
+            return found
+        name = kind.__name__.lower()
+        if name not in Params.model_fields:
+            raise DgmrError(
+                f"{text}: a {kind.__name__} must be given as JSON, not as a params file."
+            )
+        return getattr(found, name)
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
@@ -357,7 +373,7 @@ def _sentence(detail: Any, kind: type[BaseModel], source: str) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{source}: {key}: {message}." if key else f"{source}: {message}."
-    return f"{source}: {key} is {json.dumps(detail['input'], default=str)}: {_lower(message)}."
+    return f"{source}: {key or 'its text'} is {json.dumps(detail['input'], default=str)}: {_lower(message)}."
 
 
 def _lower(message: str) -> str:
@@ -366,10 +382,11 @@ def _lower(message: str) -> str:
 
 def _keys_beside(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Names allowed where the unknown key at ``location`` stands."""
-    for part in location[:-1]:
-        field = kind.model_fields.get(str(part)) if hasattr(kind, "model_fields") else None
-        if field is None:  # a name within a mapping of sections: its values are all of one kind
-            continue
-        candidates = [field.annotation, *typing.get_args(field.annotation)]
+    parts = iter(location[:-1])
+    for part in parts:
+        annotation = kind.model_fields[str(part)].annotation
+        if typing.get_origin(annotation) is dict:
+            next(parts)  # a name the user chose; all values are of one kind
+        candidates = [annotation, *typing.get_args(annotation)]
         kind = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
     return list(kind.model_fields)

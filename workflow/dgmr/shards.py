@@ -33,7 +33,8 @@ from dgmr.errors import DgmrError
 from dgmr.files import link_or_copy, read_json, replaced, sha256, write_json
 
 MANIFEST = "manifest.json"
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+# By Pillow's name of the format; MPO: a JPEG with further pictures behind it, as cameras write.
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _KEY = re.compile(r"[a-z0-9_-]{1,64}")
 
 
@@ -144,6 +145,10 @@ class ShardedImages:
             for shard in (Shard(**entry) for entry in self.manifest["shards"])
             if wanted is None or shard.name in wanted
         ]
+        if missing := (wanted or set()) - {shard.name for shard in self.shards}:
+            raise DgmrError(
+                f"{folder / MANIFEST} lists no shard {', '.join(sorted(missing))}: run snakemake again."
+            )
         for shard in self.shards:
             self._check(shard, verify)
         tables = [pq.read_table(folder / f"{shard.name}.parquet") for shard in self.shards]
@@ -178,7 +183,12 @@ class ShardedImages:
                 f"{tar} is listed in {MANIFEST} but its tar or Parquet is missing: delete"
                 f" {self.folder / MANIFEST} and run snakemake again."
             )
-        if tar.stat().st_size != shard.bytes or (verify and sha256(tar) != shard.sha256):
+        try:
+            rows = pq.read_metadata(tar.with_suffix(".parquet")).num_rows
+        except pa.ArrowInvalid:  # cut off
+            rows = -1
+        whole = rows == shard.samples and tar.stat().st_size == shard.bytes
+        if not whole or (verify and sha256(tar) != shard.sha256):
             raise DgmrError(
                 f"{tar} is not the shard that {MANIFEST} lists: delete"
                 f" {self.folder / MANIFEST} and run snakemake again."
@@ -193,6 +203,8 @@ def decode(encoded: bytes) -> Image.Image:
     """
     with Image.open(io.BytesIO(encoded)) as image:
         image.load()
+        if image.mode.startswith("I;16"):  # convert() would clip, not scale, 16 bits of grey
+            return ImageOps.exif_transpose(image.point(lambda v: v * (1 / 256))).convert("RGB")
         return ImageOps.exif_transpose(image).convert("RGB")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from dgmr.errors import DgmrError
 from dgmr.files import read_json, sha256
 from dgmr.models import Outputs
-from dgmr.shards import MANIFEST
+from dgmr.shards import MANIFEST, Shard
 
 
 def file_name(shard: str, view: int) -> str:
@@ -54,12 +54,26 @@ class Manifest:
                 " run snakemake again."
             )
 
-    def target(self, shard: str, view: int) -> Path:
-        """The verified targets file of a shard's view."""
-        return self._verified("targets", file_name(shard, view))
+    def target(self, shard: Shard, view: int) -> Path:
+        """The verified targets file of a shard's view.
+
+        Raises:
+            DgmrError: it is missing, damaged, or of a shard of other images.
+        """
+        path = self._verified("targets", file_name(shard.name, view))
+        if self._content["targets"][path.name]["shard_sha256"] != shard.sha256:
+            raise DgmrError(
+                f"{path} was made of another shard {shard.name} than the data room holds:"
+                " run snakemake again."
+            )
+        return path
 
     def calibration(self, mlp: str) -> Path:
-        """The verified file of an MLP's calibration inputs."""
+        """The verified file of an MLP's calibration inputs.
+
+        Raises:
+            DgmrError: it is missing or damaged.
+        """
         return self._verified("calibration", f"{mlp}.safetensors")
 
     def _verified(self, kind: str, name: str) -> Path:

@@ -20,6 +20,7 @@ import re
 import statistics
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -183,9 +184,8 @@ def _tell(params: Params, accounts: dict[str, Account]) -> dict[str, bool]:
         # Stores, their drivers and the network raise all sorts of errors, and none may fail a job
         # whose results are there. Our own files have been read by now.
         missing = ", ".join(room for room, is_known in known.items() if not is_known)
-        reason = (str(error).splitlines() or [""])[0]
-        text = f"{uri} could not be told of {missing}: {type(error).__name__}: {reason}"
-        text = re.sub(r"//[^/\s]*@", "//***@", text)  # passwords
+        text = f"{uri} could not be told of {missing}: {type(error).__name__}: {error}"
+        text = textwrap.shorten(re.sub(r"//[^/\s]*@", "//***@", text), 600)  # without passwords
         print(f"Warning: MLflow store {text} (the results are not affected)", file=sys.stderr)
     return known
 
@@ -255,7 +255,7 @@ def _connect(uri: str) -> tuple["MlflowClient", str | None]:
     from sqlalchemy import create_engine, make_url
 
     for name in ("mlflow", "urllib3"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # our one warning says it
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # our one warning says it
     artifacts = None
     if urlsplit(uri).scheme.partition("+")[0] in DATABASE_ENGINES:
         url = make_url(uri)

@@ -38,7 +38,8 @@ class ViewTransform:
     def __call__(self, image: Image.Image, key: str, view: int) -> Tensor:
         """The pixels of ``view`` of the sample ``key``."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed(self.views.seed, key, view))
+            # Not torch.manual_seed, which also seeds the accelerators' generators.
+            torch.default_generator.manual_seed(_seed(self.views.seed, key, view))
             top, left, height, width = RandomResizedCrop.get_params(
                 image, list(self.views.crop_scale), [3 / 4, 4 / 3]
             )

@@ -21,7 +21,7 @@ localrules:
 
 rule order_blocks:
     input:
-        rules.teacher.output,
+        teacher=rules.teacher.output,
     output:
         f"{ORDERS}/part-{{part}}-of-{PARAMS.prune.parts}.json",
     log:

@@ -4,10 +4,11 @@ A model is judged on all images or on none: a broken one stops the room, by name
 """
 
 import io
+import tarfile
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import webdataset
@@ -89,7 +90,7 @@ def _image_folder(config: EvaluationData, _download_folder: Path) -> Iterator[_L
 def _open_image_folder(config: EvaluationData) -> ImageFolder:
     try:
         return ImageFolder(str(config.path))
-    except FileNotFoundError as error:
+    except OSError as error:
         raise DgmrError(
             f"data.eval.path: {config.path} is no folder with one sub-folder of images a class:"
             f" {error}"
@@ -101,18 +102,29 @@ def _webdataset(config: EvaluationData, _download_folder: Path) -> Iterator[_Lab
     tars = [str(path) for path in tables.find(config.path, "data.eval.path")]
     total = None
     if config.n_samples is not None:
-        total = sum(1 for _ in webdataset.WebDataset(tars, shardshuffle=False))
+        total = sum(1 for _ in _tar_samples(tars))
     wanted = None if total is None else set(_spread(total, config.n_samples))
-    for index, sample in enumerate(webdataset.WebDataset(tars, shardshuffle=False)):
+    for index, sample in enumerate(_tar_samples(tars)):
         if wanted is not None and index not in wanted:
             continue
         name = f"{sample['__url__']}: {sample['__key__']}"
         encoded = next((sample[e] for e in ("jpg", "jpeg", "png", "webp") if e in sample), None)
-        if encoded is None or "cls" not in sample:
+        if encoded is None or not sample.get("cls", b"").strip().isdigit():
             raise DgmrError(
-                f"data.eval.path: {name} lacks an image (.jpg, .png, .webp) or its label (.cls)."
+                f"data.eval.path: {name} lacks an image (.jpg, .png, .webp) or the number of its"
+                " class (.cls)."
             )
         yield _Labelled(name, encoded, int(sample["cls"]))
+
+
+def _tar_samples(tars: list[str]) -> Iterator[dict[str, Any]]:
+    try:
+        yield from webdataset.WebDataset(tars, shardshuffle=False)
+    except tarfile.ReadError as error:
+        raise DgmrError(
+            f"data.eval.path: {error.args[-1]} is no whole tar ({error.args[0]}):"
+            " mend or remove it, for models must be judged on all images."
+        ) from None
 
 
 def _spread(total: int, wanted: int | None) -> Iterable[int]:

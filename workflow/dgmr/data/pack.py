@@ -17,8 +17,9 @@ from dgmr.files import replaced, replaced_folder, write_json
 from dgmr.shards import EXTENSIONS, Sample, decode, write_shard
 
 SHARDS, LEDGER = "shards.json", "ledger.parquet"
-# What Pillow raises for bytes that are no whole image, decompression bombs included.
-BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# What Pillow raises for bytes that are no whole image (RuntimeError: its AVIF decoder),
+# decompression bombs included.
+BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 
 
 class Unavailable(Exception):
@@ -137,7 +138,7 @@ def _downloaded(folder: Path) -> Fetch:
 
     def fetch(row: Row) -> bytes:
         if row["sample_key"] not in places:
-            raise Unavailable(f"not downloaded: {errors.get(row['key'], 'no answer')}")
+            raise Unavailable(f"not downloaded: {errors.get(row['sample_key'], 'no answer')}")
         tar, offset, size = places[row["sample_key"]]
         with tar.open("rb") as file:
             file.seek(offset)

@@ -27,7 +27,7 @@ def publish(jobs: list[Path], evaluation: Path, selection: Path, output: Path) -
     if not reasons["ok"]:
         raise DgmrError(
             f"none of the {len(ledger)} images of data.table could be had ({dict(reasons)}):"
-            f" {output / LEDGER} says why for each; check the URLs and data.download."
+            f" {jobs[0] / LEDGER} and its like say why for each; check the URLs and data.download."
         )
     shards = [(job, Shard(**entry)) for job in jobs for entry in read_json(job / SHARDS)]
     for job, shard in shards:

@@ -38,7 +38,7 @@ class Pairs(Dataset[Pair]):
         self.transform = ViewTransform.for_model(model, self.views)
         self.targets = Targets(
             {
-                (shard.name, view): manifest.target(shard.name, view)
+                (shard.name, view): manifest.target(shard, view)
                 for shard in self.images.shards
                 if shard.samples
                 for view in range(self.views.count)

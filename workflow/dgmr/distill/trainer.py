@@ -99,16 +99,18 @@ def _freeze_all_but(student: nn.Module, what: str) -> list[nn.Parameter]:
 def _optimizer(
     student: nn.Module, config: Stage, steps: int
 ) -> tuple[Optimizer, CosineLRScheduler]:
-    """AdamW, and a cosine over ``steps`` after a linear warm-up from 0."""
+    """AdamW; its learning rate rises from 0 in a line, then falls in a cosine, in all ``steps``."""
     optimizer = create_optimizer_v2(
         student, "adamw", lr=config.lr, weight_decay=config.weight_decay
     )
+    warmup = round(config.warmup * steps)
     schedule = CosineLRScheduler(
         optimizer,
-        t_initial=steps,
+        t_initial=max(steps - warmup, 1),
         lr_min=min(config.min_lr, config.lr),
-        warmup_t=round(config.warmup * steps),
+        warmup_t=warmup,
         warmup_lr_init=0.0,
+        warmup_prefix=True,
         t_in_epochs=False,
     )
     return optimizer, schedule

@@ -35,6 +35,9 @@ def measure(models: dict[str, Path], config: Evaluate, output: Path) -> None:
     write_json(
         output,
         {
+            "sha256": {
+                name: artefact.provenance(folder)["sha256"] for name, folder in models.items()
+            },
             "device": str(where),
             "threads": torch.get_num_threads(),
             "batch_size": config.speed_batch_size,

@@ -51,7 +51,11 @@ def compute(teacher: Path, data: Path, config: Calibration, batch_size: int, out
             advance(len(batch))
     with replaced_folder(output) as folder:
         for name, parts in kept.items():
-            save_file({"inputs": torch.cat(parts)}, folder / f"{name}.safetensors")
+            save_file(
+                {"inputs": torch.cat(parts)},
+                folder / f"{name}.safetensors",
+                metadata={"teacher_sha256": artefact.provenance(teacher)["sha256"]},
+            )
 
 
 def _some_tokens(inputs: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -33,6 +33,7 @@ def compute(teacher: Path, data: Path, shards: list[str], config: Features, outp
     """Write the targets of ``shards`` to the folder ``output``, a file a shard and view."""
     where = device()
     model = artefact.load(teacher).to(where)
+    teacher_sha256 = artefact.provenance(teacher)["sha256"]
     transform = ViewTransform.for_model(model, config.views)
     stored = targets.dtype(config.dtype)
     opened = [(shard, ShardedImages(data, [shard], verify=True)) for shard in shards]
@@ -54,4 +55,8 @@ def compute(teacher: Path, data: Path, shards: list[str], config: Features, outp
                 save_file(
                     {"pooled": torch.cat(pooled), "patch_tokens": torch.cat(patch_tokens)},
                     folder / targets.file_name(shard, view),
+                    metadata={
+                        "teacher_sha256": teacher_sha256,
+                        "shard_sha256": images.shards[0].sha256,
+                    },
                 )

@@ -28,7 +28,6 @@ def prune_model(
         DgmrError: the ratio is impossible, or the family cannot be built with ``mlp_ratio``.
     """
     check_ratio(model, ratio)
-    student = like(model, mlp_ratio=ratio)
     state = model.state_dict()
     for name, mlp in mlps(model).items():
         width = int(ratio * mlp.fc1.in_features)
@@ -43,8 +42,9 @@ def prune_model(
             if refits[name].bias is not None:
                 state[f"{name}.fc2.bias"] = refits[name].bias
     try:
+        student = like(model, mlp_ratio=ratio).to(next(model.parameters()))
         student.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise DgmrError(
             f"timm does not build {type(model).__name__} with mlp_ratio {ratio} as a pruned one"
             f" must be: {error}"

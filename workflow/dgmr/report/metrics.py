@@ -64,13 +64,9 @@ def read(results: Path, stages: list[str]) -> Results:
     for model in folders:
         file = results / "evaluate" / f"{model}.json"
         evaluation = _read(file)
-        if evaluation["sha256"] != provenance[model]["sha256"]:
-            raise DgmrError(
-                f"{file} is about other weights than those in {folders[model]}:"
-                " run snakemake again, so that they are evaluated."
-            )
-        if model not in speed["images_per_s"]:
-            raise DgmrError(f"{speed_file} has no speed of {model}: run snakemake again.")
+        _check_weights(file, evaluation["sha256"], folders[model], provenance[model])
+        _check_weights(file, evaluation["teacher_sha256"], folders[TEACHER], provenance[TEACHER])
+        _check_weights(speed_file, speed["sha256"].get(model), folders[model], provenance[model])
         models[model] = evaluation | {"images_per_s": speed["images_per_s"][model]}
     return Results(
         folders=folders,
@@ -111,6 +107,15 @@ def curves(results: Results) -> list[Row]:
             kept = {name: row[name] for name in _CURVE}
             rows.append({"stage": stage, **kept, "samples": before + row["samples"]})
     return rows
+
+
+def _check_weights(file: Path, sha256: str | None, folder: Path, provenance: Row) -> None:
+    """Refuse a measurement of other weights than the artefact's."""
+    if sha256 != provenance["sha256"]:
+        raise DgmrError(
+            f"{file} is about other weights than those in {folder}:"
+            " run snakemake again, so that they are evaluated."
+        )
 
 
 def _check_chain(folders: dict[str, Path], provenance: dict[str, Row]) -> None:

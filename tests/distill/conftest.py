@@ -1,0 +1,1 @@
+from tiny import data, features, teacher  # noqa: F401 - fixtures

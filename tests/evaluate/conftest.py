@@ -1,0 +1,1 @@
+from tiny import teacher  # noqa: F401 - a fixture
