@@ -295,17 +295,26 @@ def report(
 
 @app.command()
 def track(
-    room: Annotated[str, typer.Argument(help="teacher, data, ..., distill/<stage>, report")],
     results: Annotated[Path, typer.Option(help="results/")],
     config: Annotated[str, typer.Option(help="All params as JSON, or a params file.")],
-    output: Annotated[Path, typer.Option(help="Says whether the store was told.")],
+    room: Annotated[
+        str | None, typer.Argument(help="teacher, data, ..., distill/<stage>, report; none: all.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to note what was told.")] = None,
 ) -> None:
-    """Tell MLflow what a room's files say."""
+    """Tell MLflow what the files of a room say, or of all that are done."""
+    from dgmr import track as tracking
     from dgmr.files import write_json
-    from dgmr.track import track
 
-    told = track(room, params.section(params.Params, config), results)
-    write_json(output, {"room": room, "told": told})
+    resolved = params.section(params.Params, config)
+    if room is None:
+        told = tracking.sync(resolved, results)
+    else:
+        told = {room: tracking.track(room, resolved, results)}
+    for name, is_told in told.items():
+        print(f"{name}: {'told' if is_told else 'not told'}")
+    if output is not None:
+        write_json(output, told)
 
 
 for name, group in {

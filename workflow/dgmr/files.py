@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+ORIGIN = "origin"
+"""Key of a safetensors file's metadata: JSON on what the file was made from. There is no other key,
+for safetensors writes several in random order, and equal content shall give equal bytes."""
 _TEMPORARY = ".partial"
 _DISCARDED = ".discarded"
 

@@ -238,6 +238,7 @@ class Stage(Section):
     warmup: Fraction = 0.1
     """Part of the stage in which the learning rate rises linearly from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.04
+    """Of AdamW; biases and the scales of norms do not decay."""
     clip_grad: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest gradient norm; null: no clipping."""
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -1,4 +1,4 @@
-"""A progress bar with images/s and time left; plain lines where the output is a file."""
+"""A progress bar with images/s and time left; a line now and then where the output is a file."""
 
 import sys
 import time
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _LINE_EVERY_S = 10.0
+_LINE_BAR = 20
 
 
 @contextmanager
@@ -48,8 +49,9 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         if now - printed >= _LINE_EVERY_S or done >= total:
             printed = now
             left = (total - done) / max(rate(), 1e-9)
+            filled = _LINE_BAR * done // max(total, 1)
             print(
-                f"{what}: {done}/{total} images, {rate():.0f} images/s, {left:.0f} s left",
+                f"{what} [{'#' * filled}{'.' * (_LINE_BAR - filled)}] {done}/{total} images, {rate():.0f} images/s, {left:.0f} s left",
                 file=sys.stderr,
                 flush=True,
             )

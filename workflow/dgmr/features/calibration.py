@@ -1,5 +1,6 @@
 """Inputs of every MLP for some training images, as the teacher sees them without augmentation."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dgmr import artefact
-from dgmr.files import replaced_folder
+from dgmr.files import ORIGIN, replaced_folder
 from dgmr.models import device, evaluation_transform, loader_workers, recorded_mlp_inputs
 from dgmr.params import Calibration
 from dgmr.progress import progress
@@ -49,12 +50,13 @@ def compute(teacher: Path, data: Path, config: Calibration, batch_size: int, out
             for name, value in inputs.items():
                 kept.setdefault(name, []).append(_some_tokens(value, config.tokens, generator))
             advance(len(batch))
+    origin = {"teacher_sha256": artefact.provenance(teacher)["sha256"]}
     with replaced_folder(output) as folder:
         for name, parts in kept.items():
             save_file(
                 {"inputs": torch.cat(parts)},
                 folder / f"{name}.safetensors",
-                metadata={"teacher_sha256": artefact.provenance(teacher)["sha256"]},
+                metadata={ORIGIN: json.dumps(origin)},
             )
 
 

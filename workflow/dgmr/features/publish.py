@@ -1,12 +1,13 @@
 """List the features under ``work/`` in ``results/features/manifest.json``, with their hashes."""
 
+import json
 from pathlib import Path
 
 from safetensors import safe_open
 
 from dgmr import artefact
 from dgmr.errors import DgmrError
-from dgmr.files import sha256, write_json
+from dgmr.files import ORIGIN, sha256, write_json
 from dgmr.params import Features
 from dgmr.shards import MANIFEST
 
@@ -54,7 +55,7 @@ def _listed(paths: list[Path], teacher_sha256: str) -> dict[str, dict[str, str]]
     listed = {}
     for path in paths:
         with safe_open(path, framework="pt") as file:
-            origin: dict[str, str] = file.metadata()
+            origin: dict[str, str] = json.loads(file.metadata()[ORIGIN])
         if origin["teacher_sha256"] != teacher_sha256:
             raise DgmrError(
                 f"{path} was made by another teacher than results/teacher holds: delete its folder"

@@ -1,5 +1,6 @@
 """The teacher's outputs for every (sample, view) of some shards."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from dgmr import artefact, targets
-from dgmr.files import replaced_folder
+from dgmr.files import ORIGIN, replaced_folder
 from dgmr.models import device, loader_workers, outputs
 from dgmr.params import Features
 from dgmr.progress import progress
@@ -40,6 +41,7 @@ def compute(teacher: Path, data: Path, shards: list[str], config: Features, outp
     total = config.views.count * sum(len(images) for _, images in opened)
     with replaced_folder(output) as folder, progress("targets", total) as advance:
         for shard, images in opened:
+            origin = {"teacher_sha256": teacher_sha256, "shard_sha256": images.shards[0].sha256}
             for view in range(config.views.count):
                 loader = DataLoader(
                     _Views(images, transform, view), config.batch_size, num_workers=loader_workers()
@@ -55,8 +57,5 @@ def compute(teacher: Path, data: Path, shards: list[str], config: Features, outp
                 save_file(
                     {"pooled": torch.cat(pooled), "patch_tokens": torch.cat(patch_tokens)},
                     folder / targets.file_name(shard, view),
-                    metadata={
-                        "teacher_sha256": teacher_sha256,
-                        "shard_sha256": images.shards[0].sha256,
-                    },
+                    metadata={ORIGIN: json.dumps(origin)},
                 )

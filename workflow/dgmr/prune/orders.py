@@ -1,5 +1,6 @@
 """The order of every block's hidden neurons, on its own file, redone on its own."""
 
+import json
 from pathlib import Path
 
 from safetensors import safe_open
@@ -7,7 +8,7 @@ from safetensors.torch import save_file
 
 from dgmr import artefact
 from dgmr.errors import DgmrError
-from dgmr.files import replaced, write_json
+from dgmr.files import ORIGIN, replaced, write_json
 from dgmr.models import mlps
 from dgmr.prune.gram_schmidt import Order, gram_schmidt
 
@@ -33,7 +34,7 @@ def compute(teacher: Path, max_ratio: float, part: int, parts: int, output: Path
         except ValueError as error:
             raise DgmrError(f"{teacher / artefact.WEIGHTS}: {name}.fc1.weight: {error}") from None
         with replaced(path) as partial:
-            save_file(order._asdict(), partial, metadata=origin)
+            save_file(order._asdict(), partial, metadata={ORIGIN: json.dumps(origin)})
     write_json(output / f"part-{part}-of-{parts}.json", {"blocks": names, "origin": origin})
 
 
@@ -60,7 +61,7 @@ def _origin(path: Path) -> dict[str, str] | None:
     """What the order was made of, or None where there is no readable file."""
     try:
         with safe_open(path, framework="pt") as file:
-            found: dict[str, str] = file.metadata()
+            found: dict[str, str] = json.loads(file.metadata()[ORIGIN])
             return found
     except Exception:  # noqa: BLE001 - safetensors raises its own and OSError; all mean "make it anew"
         return None
