@@ -88,6 +88,14 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def _flush(path: Path) -> None:
+    """Bring a file or folder to the disk, readable as any new file of this user is.
+
+    Some libraries write theirs for the owner alone.
+    """
+    if path.is_file():
+        umask = os.umask(0)
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
