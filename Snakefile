@@ -23,5 +23,6 @@ include: "workflow/rules/track.smk"
 rule all:
     default_target: True
     input:
+        CHECKED,
         rules.report.output,
         TRACKED,

@@ -152,7 +152,9 @@ def test_like_builds_the_same_with_other_weights(family):
     again.eval()
     assert torch.equal(again(tiny.pixels()), model(tiny.pixels()))
     wider = models.like(model, mlp_ratio=5)
-    assert all(mlp.fc1.out_features == 5 * mlp.fc1.in_features for mlp in models.mlps(wider).values())
+    assert all(
+        mlp.fc1.out_features == 5 * mlp.fc1.in_features for mlp in models.mlps(wider).values()
+    )
 
 
 def shapes(model: nn.Module):

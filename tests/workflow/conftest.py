@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ _ENVIRONMENT = {
     for name, value in os.environ.items()
     if name not in ("PYTHONPATH", "PYTHONHOME") and not name.startswith(_FOREIGN)
 }
+_TIMEOUT_S = 900
 _STATS_ROW = re.compile(r"^(\w+) +(\d+)$", re.MULTILINE)
 
 
@@ -72,24 +74,30 @@ class Place:
     def __truediv__(self, path: str) -> Path:
         return self.folder / path
 
-    def command(self, *arguments: str) -> list[str]:
-        """The command line of Snakemake in this folder."""
+    def command(self, *arguments: str, cores: int | None = 2) -> list[str]:
+        """The command line of Snakemake in this folder; ``cores`` None: the profile says."""
         binary = [sys.executable, "-m", "snakemake", "--snakefile", str(self.snakefile)]
-        return [*binary, "--directory", str(self.folder), "--cores", "2", *arguments]
+        limit = [] if cores is None else ["--cores", str(cores)]
+        return [*binary, "--directory", str(self.folder), *limit, *arguments]
 
-    def run(self, *arguments: str, timeout: float = 300, **environment: str) -> Done:
+    def run(self, *arguments: str, cores: int | None = 2, **environment: str) -> Done:
         """Run Snakemake to its end."""
         started = time.monotonic()
-        done = subprocess.run(
-            self.command(*arguments),
+        process = subprocess.Popen(
+            self.command(*arguments, cores=cores),
             cwd=self.folder,
             env=_ENVIRONMENT | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=timeout,
+            start_new_session=True,
         )
-        return Done(done.returncode, done.stdout, time.monotonic() - started)
+        try:
+            output, _ = process.communicate(timeout=_TIMEOUT_S)
+        except BaseException:
+            _kill_group(process)
+            raise
+        return Done(process.returncode, output, time.monotonic() - started)
 
     def finish(self, *arguments: str, **environment: str) -> Done:
         """Run Snakemake to its end, which must be a good one."""
@@ -97,12 +105,9 @@ class Place:
         assert done.status == 0, done.output
         return done
 
-    def kill_when(self, condition: Any, timeout: float = 120) -> str:
-        """Start Snakemake; once ``condition()`` holds, SIGKILL it and all its jobs.
-
-        Returns what it had said.
-        """
-        with (self.folder / "killed.txt").open("w+") as said:
+    def kill_when(self, condition: Callable[[], bool]) -> None:
+        """Start Snakemake; once ``condition()`` holds, SIGKILL it and all its jobs."""
+        with (self.folder / "killed.txt").open("w") as said:
             process = subprocess.Popen(
                 self.command(),
                 cwd=self.folder,
@@ -112,18 +117,14 @@ class Place:
                 start_new_session=True,
             )
             try:
-                end = time.monotonic() + timeout
+                end = time.monotonic() + _TIMEOUT_S
                 while not condition():
                     assert process.poll() is None, Path(said.name).read_text()
                     assert time.monotonic() < end, Path(said.name).read_text()
                     time.sleep(0.005)
             finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                status = process.wait()
-        assert status == -signal.SIGKILL
-        _wait_for_death_of_group(process.pid)
-        return Path(said.name).read_text()
+                _kill_group(process)
+        assert process.returncode == -signal.SIGKILL
 
     def planned(self, *arguments: str) -> Counter:
         """Jobs by rule that a run would do now."""
@@ -164,14 +165,18 @@ class Place:
         return Place(folder, self.snakefile)
 
 
-def _wait_for_death_of_group(group: int) -> None:
+def _kill_group(process: subprocess.Popen) -> None:
+    """SIGKILL a process and all that it started; return when they are gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
     for _ in range(1000):
         try:
-            os.killpg(group, 0)
+            os.killpg(process.pid, 0)
         except ProcessLookupError:
             return
         time.sleep(0.01)
-    raise AssertionError(f"processes of group {group} outlive SIGKILL")
+    raise AssertionError(f"processes of group {process.pid} outlive SIGKILL")
 
 
 def _train_micro_teacher(folder: Path) -> None:

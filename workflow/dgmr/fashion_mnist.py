@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from dgmr.errors import DgmrError
@@ -76,9 +77,10 @@ def locate(download_folder: Path) -> Path:
     for obtain in (_keep, _from_official_addresses, _from_debian_package):
         try:
             download_folder.mkdir(parents=True, exist_ok=True)
-            obtain(download_folder)
-            if _is_complete(download_folder):
-                return download_folder
+            with FileLock(download_folder / ".lock"):  # two jobs may want it at once
+                obtain(download_folder)
+                if _is_complete(download_folder):
+                    return download_folder
             failures += [] if obtain is _keep else ["what came is not the four official files"]
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             failures.append(str(error))

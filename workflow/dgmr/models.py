@@ -79,7 +79,7 @@ def mlps(model: TimmModel) -> dict[str, Mlp]:
                     " which cannot be pruned yet; choose a model with plain timm Mlp blocks."
                 )
             found[name] = module
-        elif name.endswith("mlp") and not isinstance(module, nn.Identity):
+        elif name.rpartition(".")[2] == "mlp" and not isinstance(module, nn.Identity):
             raise DgmrError(
                 f"{_name(model)}: {name} is a {type(module).__name__}, which cannot be pruned yet;"
                 " choose a model with plain timm Mlp blocks."

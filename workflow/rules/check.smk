@@ -5,15 +5,19 @@ localrules:
     check,
 
 
-# Every room's first jobs wait for the check. They take its output as ancient: a repeated check
-# must not repeat the work.
+# It goes first and alone: by priority and with all threads, not as an input of the rooms' first jobs.
+# A repeated check must not repeat the work; and behind a job that is to be repeated Snakemake looks
+# at no ancient() input's readers any more, so what else had changed would wait for a second run
+# (snakemake issue 4166).
 rule check:
     output:
         CHECKED,
     log:
         "logs/check.log",
+    priority: 100
     conda:
         "../../envs/dgmr.yaml"
+    threads: 64
     params:
         teacher=PARAMS.teacher.model_dump_json(),
         data=PARAMS.data.model_dump_json(),

@@ -33,8 +33,6 @@ localrules:
 
 
 rule fashion_table:
-    input:
-        ancient(CHECKED),
     output:
         FASHION_TABLE,
     log:
@@ -50,8 +48,7 @@ rule fashion_table:
 
 rule select_samples:
     input:
-        check=ancient(CHECKED),
-        table=sorted(glob(TABLE, recursive=True)) if PARAMS.data.table else TABLE,
+        sorted(glob(TABLE, recursive=True)) if PARAMS.data.table else TABLE,
     output:
         jobs=expand(f"{SELECTION}/{{job}}.parquet", job=JOBS),
         counts=f"{SELECTION}/selection.json",
@@ -121,8 +118,6 @@ rule pack_shards:
 
 
 rule pack_evaluation:
-    input:
-        ancient(CHECKED),
     output:
         directory(EVALUATION),
     log:

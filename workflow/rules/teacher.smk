@@ -9,8 +9,7 @@ localrules:
 
 rule teacher:
     input:
-        check=ancient(CHECKED),
-        files=local_teacher_files(),
+        local_teacher_files(),
     output:
         expand("results/teacher/{file}", file=ARTEFACT),
     log:

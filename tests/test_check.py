@@ -1,0 +1,264 @@
+"""The first job: each bad input ends in its sentence, before any work."""
+
+import json
+import shutil
+
+import huggingface_hub.constants
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import timm
+import tiny
+import webdataset
+from dgmr import artefact
+from dgmr.check import check, teacher_skeleton
+from dgmr.errors import DgmrError
+from dgmr.files import read_json
+from dgmr.params import Data, Prune, Teacher
+from pictures import encoded
+
+FASHION = {"urls": "file", "n_samples": 10}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("check")
+
+
+@pytest.fixture(scope="module")
+def vit(folder):
+    """``local-dir:`` of a ViT with 3 classes, 32 dimensions and 4 times as many hidden neurons."""
+    artefact.save(folder / "vit", tiny.vit(num_classes=3), {})
+    return f"local-dir:{folder / 'vit'}"
+
+
+@pytest.fixture
+def table(tmp_path):
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"URL": ["a"], "punsafe": [0.0]}), path)
+    return path
+
+
+def run(tmp_path, model, ratio=1.0, data=FASHION):
+    data = Data.model_validate(FASHION | data)
+    prune = Prune(ratio=ratio, max_ratio=max(2.0, ratio))
+    check(Teacher(model=model), data, prune, tmp_path / "check.json")
+    return read_json(tmp_path / "check.json")
+
+
+def refused(tmp_path, *arguments, **more):
+    """The one sentence; nothing is written."""
+    with pytest.raises(DgmrError) as error:
+        run(tmp_path, *arguments, **more)
+    assert not (tmp_path / "check.json").exists()
+    return str(error.value)
+
+
+def own_table(path):
+    return {"source": "table", "table": str(path)}
+
+
+def photos(folder, *classes):
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "a.png").write_bytes(encoded())
+    return {"eval": {"source": "imagefolder", "path": str(folder)}}
+
+
+def test_good_params_are_written_down(tmp_path, vit, table):
+    data = own_table(table) | photos(tmp_path / "photos", "a", "b", "c")
+    assert run(tmp_path, vit, ratio=4.0, data=data) == {
+        "teacher": {
+            "model": vit,
+            "hidden_features": {"blocks.0.mlp": 128, "blocks.1.mlp": 128},
+            "mlps": 2,
+        }
+    }
+
+
+def test_no_weights_are_read_nor_memory_taken(vit, folder, tmp_path):
+    assert {parameter.device.type for parameter in teacher_skeleton(vit).parameters()} == {"meta"}
+    hollow = tmp_path / "hollow"
+    shutil.copytree(folder / "vit", hollow)
+    (hollow / "model.safetensors").write_bytes(b"")
+    assert run(tmp_path, f"local-dir:{hollow}")["teacher"]["mlps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "mlps"),
+    [
+        ("vit_tiny_patch16_224", 12),
+        ("swin_tiny_patch4_window7_224.ms_in1k", 12),
+        (
+            "eva02_enormous_patch14_clip_224.laion2b",
+            64,
+        ),  # of the EVA-02 family, yet with plain MLPs
+    ],
+)
+def test_timm_names_are_known(tmp_path, model, mlps):
+    assert run(tmp_path, model)["teacher"]["mlps"] == mlps
+
+
+# The teacher
+
+
+def test_unknown_model(tmp_path):
+    sentence = refused(tmp_path, "vit_tinny_patch16_224")
+    assert sentence.startswith("teacher.model: timm knows no model vit_tinny_patch16_224;")
+    assert "hf-hub:<repository> or local-dir:<folder>" in sentence
+
+
+def test_known_model_without_pretrained_weights(tmp_path):
+    bare = next(name for name in timm.list_models("vit_*") if not timm.is_model_pretrained(name))
+    for name in (bare, "vit_tiny_patch16_224.no_such_weights"):
+        wanted = f"teacher.model: timm has no pretrained weights for {name}."
+        assert refused(tmp_path, name) == wanted
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_local_folder_lacks_a_file(tmp_path, vit, folder, name):
+    shutil.copytree(folder / "vit", tmp_path / "vit")
+    (tmp_path / "vit" / name).unlink()
+    sentence = refused(tmp_path, f"local-dir:{tmp_path / 'vit'}")
+    assert sentence.startswith(f"teacher.model: {tmp_path / 'vit' / name} is missing;")
+    assert "as timm.models.save_for_hf writes it" in sentence
+
+
+@pytest.mark.parametrize("config", ["{", '{"architecture": "no_such_net"}', "{}"])
+def test_local_folder_with_another_config(tmp_path, vit, folder, config):
+    shutil.copytree(folder / "vit", tmp_path / "vit")
+    (tmp_path / "vit" / "config.json").write_text(config)
+    name = f"local-dir:{tmp_path / 'vit'}"
+    assert refused(tmp_path, name).startswith(f"teacher.model: {name} cannot be built: ")
+
+
+@pytest.mark.parametrize("name", ["hf-hub:nobody/nothing", "hf_hub:nobody/nothing"])
+def test_unreachable_hub(tmp_path, monkeypatch, name):
+    # What HF_HUB_OFFLINE=1 sets when the library is imported.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    sentence = refused(tmp_path, name)
+    assert sentence.startswith(f"teacher.model: {name} cannot be built: ")
+    assert "offline" in sentence.lower() or "connection" in sentence.lower()
+
+
+def test_unknown_scheme(tmp_path):
+    assert "teacher.model: ftp:a cannot be built: " in refused(tmp_path, "ftp:a")
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("resnet18", "resnet18 has no timm Mlp blocks, so there is nothing to prune."),
+        (
+            "eva02_base_patch14_224.mim_in22k",
+            "blocks.0.mlp is a SwiGLU, which cannot be pruned yet",
+        ),
+        (
+            "eva02_tiny_patch14_224.mim_in22k",
+            "blocks.0.mlp is a GluMlp, which cannot be pruned yet",
+        ),
+    ],
+)
+def test_models_whose_mlps_cannot_be_pruned(tmp_path, model, says):
+    assert says in refused(tmp_path, model)
+
+
+def test_ratio_above_the_teachers_own(tmp_path, vit):
+    assert refused(tmp_path, vit, ratio=4.5) == (
+        "prune.ratio is 4.5, but the teacher's MLPs have at most 4 hidden neurons a dimension:"
+        " choose a ratio from 0.0312 to 4."
+    )
+
+
+def test_ratio_that_leaves_no_neuron(tmp_path, vit):
+    assert refused(tmp_path, vit, ratio=0.03).startswith("prune.ratio is 0.03, but")
+    assert run(tmp_path, vit, ratio=1 / 32)
+
+
+def test_teacher_of_another_number_of_channels(tmp_path):
+    gray = timm.create_model(
+        "vit_tiny_patch16_224",
+        in_chans=1,
+        img_size=32,
+        embed_dim=16,
+        depth=1,
+        num_heads=2,
+        pretrained_cfg_overlay={"input_size": (1, 32, 32)},
+    )
+    artefact.save(tmp_path / "gray", gray, {})
+    name = f"local-dir:{tmp_path / 'gray'}"
+    wanted = f"teacher.model: {name} takes 1 channels; images come as RGB, so it must take 3."
+    assert refused(tmp_path, name) == wanted
+
+
+# The tables
+
+
+def test_table_that_is_not_there(tmp_path, vit):
+    pattern = tmp_path / "*.parquet"
+    sentence = refused(tmp_path, vit, data=own_table(pattern))
+    assert sentence == f"data.table: no file matches {pattern}."
+
+
+def test_unreadable_table(tmp_path, vit, table):
+    content = table.read_bytes()
+    table.write_bytes(content[: len(content) // 2])
+    sentence = refused(tmp_path, vit, data=own_table(table))
+    assert sentence.startswith(f"data.table: {table} cannot be read as Parquet: ")
+
+
+def test_table_without_a_column(tmp_path, vit, table):
+    data = own_table(table) | {"filters": {"min_similarity": 0.3}}
+    sentence = refused(tmp_path, vit, data=data)
+    assert "has no column similarity (needed by data.filters.min_similarity)" in sentence
+    assert "it has URL, punsafe." in sentence
+
+
+def test_every_file_of_the_table_is_looked_at(tmp_path, vit, table):
+    pq.write_table(pa.table({"URL": ["a"]}), tmp_path / "z.parquet")
+    sentence = refused(tmp_path, vit, data=own_table(tmp_path / "*.parquet"))
+    assert f"data.table: {tmp_path / 'z.parquet'} has no column punsafe or nsfw" in sentence
+
+
+# The evaluation images
+
+
+def test_more_classes_than_the_teacher_has(tmp_path, vit):
+    data = photos(tmp_path / "photos", "a", "b", "c", "d")
+    assert refused(tmp_path, vit, data=data) == (
+        f"data.eval.path: {tmp_path / 'photos'} has 4 classes, but teacher.model {vit} has 3."
+    )
+
+
+def test_teacher_without_classifier_takes_any_classes(tmp_path):
+    artefact.save(tmp_path / "vit", tiny.vit(num_classes=0), {})
+    data = photos(tmp_path / "photos", "a", "b")
+    assert run(tmp_path, f"local-dir:{tmp_path / 'vit'}", data=data)
+
+
+@pytest.mark.parametrize("source", ["imagefolder", "webdataset"])
+def test_evaluation_images_that_are_not_there(tmp_path, vit, source):
+    data = {"eval": {"source": source, "path": str(tmp_path / "nowhere")}}
+    sentence = refused(tmp_path, vit, data=data)
+    assert sentence.startswith("data.eval.path: ") and str(tmp_path / "nowhere") in sentence
+
+
+def test_tars_are_only_looked_for(tmp_path, vit):
+    with webdataset.TarWriter(str(tmp_path / "0.tar")) as tar:
+        tar.write({"__key__": "a", "png": encoded(), "cls": b"0"})
+    data = {"eval": {"source": "webdataset", "path": f"{tmp_path}/*.tar"}}
+    assert run(tmp_path, vit, data=data)
+
+
+def test_sentence_reaches_the_shell(tmp_path, monkeypatch, capsys):
+    from dgmr import cli
+
+    sections = {"teacher": {"model": "no_net"}, "data": FASHION, "prune": {"ratio": 1.0}}
+    options = [word for name in sections for word in (f"--{name}", json.dumps(sections[name]))]
+    output = ["--output", str(tmp_path / "check.json")]
+    monkeypatch.setattr("sys.argv", ["dgmr", "check", *options, *output])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err.strip()
+    assert told.startswith("dgmr: teacher.model: timm knows no model no_net") and "\n" not in told

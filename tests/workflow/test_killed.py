@@ -1,0 +1,67 @@
+"""SIGKILL in the middle: the same command goes on and ends at the same students."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+STUDENTS = ("results/prune", "results/distill/mlp", "results/distill/all", "results/student")
+
+
+def sha256_of_students(place):
+    return {
+        folder: hashlib.sha256((place / folder / "model.safetensors").read_bytes()).hexdigest()
+        for folder in STUDENTS
+    }
+
+
+def maps_of_jobs(place, command):
+    """What the processes of a ``dgmr`` command in this folder have mapped into memory."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            said = (process / "cmdline").read_bytes().decode().split("\0")
+            if command in said and os.readlink(process / "cwd") == str(place.folder):
+                yield (process / "maps").read_text()
+        except OSError:  # it ended, or is another user's
+            continue
+
+
+@pytest.fixture
+def place(finished, tmp_path):
+    """The chain where the data is there and all else is still to be done."""
+    place = finished.copy(tmp_path / "copy").edit(mlflow__tracking_uri=None)
+    for path in place.folder.glob("results/*"):
+        if path.name not in ("teacher", "data"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for room in ("features", "prune", "track"):
+        shutil.rmtree(place / "work" / room)
+    return place
+
+
+def test_killed_twice_it_ends_at_the_same_students(place, finished):
+    # In a targets job, while it writes; its other files are not in place yet.
+    place.kill_when(lambda: any(place.folder.glob("work/features/*/targets/*.partial/*")))
+    assert list(place.folder.glob("work/features/*/targets/*.partial/*"))
+    assert any((place / ".snakemake/incomplete").iterdir())
+    assert not (place / "results/features/manifest.json").exists()
+
+    locked = place.run()
+    assert locked.status != 0 and "snakemake --unlock" in locked.output.replace("\n", " ")
+    place.finish("--unlock")
+
+    # In a distillation, once it has opened the targets of its first batch.
+    place.kill_when(
+        lambda: any(".view0.safetensors" in maps for maps in maps_of_jobs(place, "distill"))
+    )
+    assert (place / "results/features/manifest.json").exists()
+    assert not (place / "results/distill/mlp/model.safetensors").exists()
+    assert not list(maps_of_jobs(place, "distill"))  # its loop is dead too
+
+    place.finish("--unlock")
+    stored = {p: p.stat().st_mtime_ns for p in place.folder.glob("work/features/*/*/*/*")}
+    place.finish()
+    assert {p: p.stat().st_mtime_ns for p in stored} == stored  # nothing was done twice
+    assert sha256_of_students(place) == sha256_of_students(finished)
+    assert not place.planned() and not list(place.folder.rglob("*.partial"))

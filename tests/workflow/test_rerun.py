@@ -1,0 +1,184 @@
+"""What a change reruns: exactly the jobs that depend on it, and no other."""
+
+import os
+import shutil
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+TRACKED = Counter(track=8, all=1)
+REPORTED = TRACKED + Counter(report=1)
+
+
+def evaluated(models):
+    return REPORTED + Counter(evaluate_model=models, measure_speed=1)
+
+
+DISTILLED = evaluated(3) + Counter(distill_stage=2)
+PRUNED = DISTILLED + Counter(prune=1)
+REFITTED = PRUNED + Counter(refit_blocks=2)
+PUBLISHED = REFITTED + Counter(features=1)
+CHECKED = Counter(check=1)
+# A new draw: all images are others, so the evaluation images' manifest is written anew too.
+REDRAWN = PUBLISHED + Counter(data=1, targets=2, calibration=1, evaluate_model=1)
+
+
+def set_params(**changes):
+    return lambda place: place.edit(**changes)
+
+
+def append(text, path):
+    def change(place):
+        with (place / path).open("a") as file:
+            file.write(text)
+
+    return change
+
+
+def touch(path):
+    return lambda place: os.utime(place / path)
+
+
+def remove(path):
+    return lambda place: (place / path).unlink()
+
+
+CASES = {
+    "nothing": (lambda place: None, Counter()),
+    "params.yaml touched": (touch("params.yaml"), Counter()),
+    "params.yaml: comment and empty lines": (append("\n\n# a comment\n", "params.yaml"), Counter()),
+    "params.yaml: a default written out": (set_params(prune__ridge=1e-4), Counter()),
+    "last stage's lr": (
+        set_params(distill__stages__all__lr=5e-4),
+        evaluated(1) + Counter(distill_stage=1),
+    ),
+    "first stage's lr": (
+        set_params(distill__stages__mlp__lr=5e-4),
+        evaluated(2) + Counter(distill_stage=2),
+    ),
+    "prune.ratio": (set_params(prune__ratio=0.5), CHECKED + REFITTED),
+    "prune.ridge": (set_params(prune__ridge=1e-3), CHECKED + REFITTED),
+    "prune.compensate: none": (set_params(prune__compensate="none"), CHECKED + PRUNED),
+    "prune.max_ratio": (
+        set_params(prune__max_ratio=3.0),
+        CHECKED + REFITTED + Counter(order_blocks=2),
+    ),
+    # Other jobs list the same blocks, whose files are there already.
+    "prune.parts": (
+        set_params(prune__parts=1),
+        CHECKED + PRUNED + Counter(order_blocks=1, refit_blocks=1),
+    ),
+    "features.views.count": (
+        set_params(features__views__count=1),
+        PUBLISHED + Counter(targets=2),
+    ),
+    "features.calibration.samples": (
+        set_params(features__calibration__samples=32),
+        PUBLISHED + Counter(calibration=1),
+    ),
+    "data.seed": (
+        set_params(data__seed=1),
+        CHECKED + REDRAWN + Counter(select_samples=1, pack_shards=2),
+    ),
+    "data.image_size": (
+        set_params(data__image_size=20),
+        CHECKED + REDRAWN + Counter(pack_shards=2),
+    ),
+    "data.eval.n_samples": (
+        set_params(data__eval__n_samples=100),
+        # The data room is written anew as a whole; its training shards come out the same.
+        CHECKED + REDRAWN + Counter(pack_evaluation=1),
+    ),
+    "evaluate.batch_size": (
+        set_params(evaluate__batch_size=64),
+        REPORTED + Counter(evaluate_model=4),
+    ),
+    "evaluate.speed_repeats": (
+        set_params(evaluate__speed_repeats=3),
+        REPORTED + Counter(measure_speed=1),
+    ),
+    "mlflow.experiment": (set_params(mlflow__experiment="other"), TRACKED),
+    "mlflow.tracking_uri: null": (set_params(mlflow__tracking_uri=None), Counter()),
+    "a shard touched": (touch("results/data/00000.tar"), Counter()),
+    "a shard changed": (
+        append("?", "results/data/00000.tar"),
+        PUBLISHED + Counter(targets=1, calibration=1),
+    ),
+    "the teacher touched": (touch("resources/teachers/micro/model.safetensors"), Counter()),
+    "check.json touched": (touch("work/check.json"), Counter()),
+    "check.json gone": (remove("work/check.json"), CHECKED + Counter(all=1)),
+    "the page gone": (remove("results/report.html"), Counter(report=1, track=1, all=1)),
+}
+
+
+@pytest.fixture(scope="module")
+def plans(finished, tmp_path_factory):
+    """What each case plans, two at a time."""
+
+    def plan(case):
+        change, _ = case
+        place = finished.copy(tmp_path_factory.mktemp("case") / "copy")
+        change(place)
+        found = place.planned()
+        shutil.rmtree(place.folder)
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(CASES, pool.map(plan, CASES.values()), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_change_reruns_what_depends_on_it(plans, case):
+    assert plans[case] == CASES[case][1]
+
+
+def test_ratio_there_and_back_is_served_from_stored_orders(finished_copy):
+    place = finished_copy.edit(mlflow__tracking_uri=None)
+    order_files = sorted((place / "work/prune").glob("*/orders/*"))
+    assert len(order_files) == 4  # a file for each of two blocks and of two parts
+    stored = [path.stat().st_mtime_ns for path in order_files]
+    first = (place / "results/prune/model.safetensors").read_bytes()
+
+    place.edit(prune__ratio=0.5).finish("check", "prune")
+    half = (place / "results/prune/model.safetensors").read_bytes()
+    assert len(half) < len(first)
+
+    place.edit(prune__ratio=1.0)
+    assert place.planned("check", "prune") == Counter(check=1, prune=1)  # the refits are there too
+    place.finish("check", "prune")
+    assert (place / "results/prune/model.safetensors").read_bytes() == first
+    assert [path.stat().st_mtime_ns for path in order_files] == stored
+
+
+@pytest.fixture(scope="module")
+def other_code(finished, repository, tmp_path_factory):
+    """The finished chain, to be run by a copy of the workflow that may be edited."""
+    clone = tmp_path_factory.mktemp("repository")
+    for name in ("Snakefile", "params.yaml"):
+        shutil.copy(repository / name, clone)
+    for name in ("workflow", "profiles", "envs"):
+        shutil.copytree(
+            repository / name, clone / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    place = finished.copy(tmp_path_factory.mktemp("copy") / "copy")
+    return replace(place, snakefile=clone / "Snakefile")
+
+
+def rewrite(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def test_code_reruns_the_stages_that_use_it(other_code):
+    package = other_code.snakefile.parent / "workflow/dgmr"
+    compensate = package / "prune/compensate.py"
+    rewrite(compensate, '"""', '"""Reworded. ')
+    append("\n\n# A comment.\n", "params.py")(package)
+    append("\n\nunused = 1\n", "cli.py")(package)  # says how stages are called, not what they do
+    assert not other_code.planned()
+
+    append("\n\n_unused = 1\n", "prune/compensate.py")(package)
+    assert other_code.planned() == CHECKED + REFITTED

@@ -1,0 +1,107 @@
+"""profiles/slurm with a Slurm that only writes down what it is asked; tests/cluster has a real one."""
+
+import json
+import os
+import re
+import shlex
+import stat
+import sys
+
+import pytest
+
+# Installed under each command's name. Without accounting, as small clusters are.
+SLURM = """#!{python}
+import json, os, subprocess, sys
+from pathlib import Path
+
+name, arguments = Path(sys.argv[0]).name, sys.argv[1:]
+store = Path(sys.argv[0]).parent
+if name == "sbatch":
+    with (store / "asked.jsonl").open("a+") as asked:
+        asked.write(json.dumps(arguments) + "\\n")
+        asked.seek(0)
+        job = str(len(asked.readlines()))
+    if (store / "closed").exists():
+        sys.exit("sbatch: error: the cluster is closed")
+    script = arguments[-1].removeprefix("--wrap=")
+    log = Path(arguments[arguments.index("--output") + 1].replace("%j", job))
+    folder = arguments[arguments.index("-D") + 1]
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=folder, env=os.environ | {{"SLURM_JOB_ID": job}},
+        stdout=log.open("w"), stderr=subprocess.STDOUT,
+    )
+    (store / f"{{job}}.state").write_text("FAILED" if done.returncode else "COMPLETED")
+    print(job)
+elif name == "srun":
+    command = next(i for i, argument in enumerate(arguments) if not argument.startswith("-"))
+    os.execvp(arguments[command], arguments[command:])
+elif name == "squeue":
+    for state in store.glob("*.state"):
+        print(f"{{state.stem}}|{{state.read_text()}}")
+elif name == "sacct":
+    sys.exit("Slurm accounting storage is disabled")
+elif name == "scontrol":
+    print("MinJobAge = 300 sec")
+"""
+COMMANDS = ("sbatch", "srun", "squeue", "sacct", "sacctmgr", "sshare", "scontrol", "sinfo")
+OPTIONS = ("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "5")
+
+
+class Slurm:
+    def __init__(self, folder, place, profile):
+        self.folder, self.place, self.profile = folder, place, profile
+        for name in COMMANDS:
+            (folder / name).write_text(SLURM.format(python=sys.executable))
+            (folder / name).chmod(stat.S_IRWXU)
+
+    def run(self, *arguments):
+        profile = ["--workflow-profile", str(self.profile), *OPTIONS]
+        path = f"{self.folder}:{os.environ['PATH']}"
+        return self.place.run(*profile, *arguments, cores=None, PATH=path)
+
+    def asked(self):
+        """Command lines of sbatch by rule and wildcards, without the script and this run's names."""
+        found = {}
+        for line in (self.folder / "asked.jsonl").read_text().splitlines():
+            *options, script = json.loads(line)
+            assert script.startswith("--wrap=")
+            text = shlex.join(options).replace(str(self.place.folder), "WORK")
+            comment = options[options.index("--comment") + 1]
+            found[comment] = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", "RUN", text)
+        return found
+
+
+@pytest.fixture
+def slurm(finished, repository, tmp_path):
+    place = finished.copy(tmp_path / "copy")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    return Slurm(folder, place, repository / "profiles/slurm")
+
+
+def test_jobs_ask_for_what_their_rule_says(slurm):
+    (slurm.folder / "closed").touch()
+    for part in slurm.place.folder.glob("work/prune/*/orders/part-*.json"):
+        part.unlink()
+    (slurm.place / "results/distill/all/history.json").unlink()
+    parts = [f"part-{part}-of-2.json" for part in range(2)]
+    (orders,) = slurm.place.folder.glob("work/prune/*/orders")
+    done = slurm.run(
+        *("--keep-going", "--retries", "0"),
+        *(str((orders / part).relative_to(slurm.place.folder)) for part in parts),
+        "results/distill/all/history.json",
+    )
+    assert done.status != 0 and "the cluster is closed" in done.output
+    assert slurm.asked() == {}
+
+
+def test_job_runs_on_the_cluster_and_local_rules_stay(slurm):
+    history = slurm.place / "results/distill/all/history.json"
+    history.unlink()
+    (track,) = slurm.place.folder.glob("work/track/*/teacher.json")
+    track.unlink()
+    targets = [str(path.relative_to(slurm.place.folder)) for path in (history, track)]
+    done = slurm.run(*targets)
+    assert done.status == 0, done.output
+    assert history.exists() and track.exists()
+    assert list(slurm.asked()) == ["rule_distill_stage_wildcards_all"]
