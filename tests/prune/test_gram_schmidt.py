@@ -187,6 +187,12 @@ def test_ties_go_to_the_lowest_index_and_floor_ends_a_round():
     np.testing.assert_allclose(found.residual_norms, [1, 0.5, 0.1])
 
 
+@pytest.mark.usefixtures("pool")
+def test_a_row_outside_the_pool_may_tie_with_the_best_within():
+    rows = torch.diag(torch.tensor([1, 2, 1 + 1e-13], dtype=torch.double))
+    assert gram_schmidt_order(rows, 3).tolist() == [1, 0, 2]
+
+
 def test_weight_is_left_as_it_is():
     weight = torch.randn(12, 4, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     before = weight.clone()

@@ -105,11 +105,11 @@ class Place:
         assert done.status == 0, done.output
         return done
 
-    def kill_when(self, condition: Callable[[], bool]) -> None:
+    def kill_when(self, condition: Callable[[], bool], *arguments: str) -> None:
         """Start Snakemake; once ``condition()`` holds, SIGKILL it and all its jobs."""
         with (self.folder / "killed.txt").open("w") as said:
             process = subprocess.Popen(
-                self.command(),
+                self.command(*arguments),
                 cwd=self.folder,
                 env=_ENVIRONMENT,
                 stdout=said,
@@ -128,7 +128,7 @@ class Place:
 
     def planned(self, *arguments: str) -> Counter:
         """Jobs by rule that a run would do now."""
-        done = self.run("--dry-run", "--quiet", "rules", *arguments)
+        done = self.run("--quiet", "rules", "--dry-run", *arguments)
         assert done.status == 0, done.output
         if "Nothing to be done" in done.output:
             return Counter()

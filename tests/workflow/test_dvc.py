@@ -45,10 +45,11 @@ def clone(repository, finished, tmp_path_factory, clean_environment):
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"],
         cwd=repository,
-        check=True,
         capture_output=True,
         text=True,
     )
+    if listed.returncode:
+        pytest.skip("the repository is no Git checkout")
     for name in listed.stdout.splitlines():
         if (repository / name).is_file() and not name.startswith("tests/"):
             (clone.folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -79,20 +79,23 @@ def slurm(finished, repository, tmp_path):
     return Slurm(folder, place, repository / "profiles/slurm")
 
 
-def test_jobs_ask_for_what_their_rule_says(slurm):
+def test_refused_jobs_asked_for_what_their_rule_says(slurm):
     (slurm.folder / "closed").touch()
-    for part in slurm.place.folder.glob("work/prune/*/orders/part-*.json"):
+    parts = sorted(slurm.place.folder.glob("work/prune/*/orders/part-*.json"))
+    for part in parts:
         part.unlink()
-    (slurm.place / "results/distill/all/history.json").unlink()
-    parts = [f"part-{part}-of-2.json" for part in range(2)]
-    (orders,) = slurm.place.folder.glob("work/prune/*/orders")
-    done = slurm.run(
-        *("--keep-going", "--retries", "0"),
-        *(str((orders / part).relative_to(slurm.place.folder)) for part in parts),
-        "results/distill/all/history.json",
-    )
+    targets = [str(part.relative_to(slurm.place.folder)) for part in parts]
+    done = slurm.run("--keep-going", "--retries", "0", *targets)
     assert done.status != 0 and "the cluster is closed" in done.output
-    assert slurm.asked() == {}
+    assert slurm.asked() == {
+        f"rule_order_blocks_wildcards_{part}": (
+            "--parsable --job-name RUN --output"
+            f" WORK/logs/slurm/rule_order_blocks/{part}/%j.log --export=ALL"
+            f" --comment rule_order_blocks_wildcards_{part}"
+            " -t 240 --mem 8000 --ntasks=1 --cpus-per-task=1 -D WORK"
+        )
+        for part in range(2)
+    }
 
 
 def test_job_runs_on_the_cluster_and_local_rules_stay(slurm):
@@ -100,8 +103,16 @@ def test_job_runs_on_the_cluster_and_local_rules_stay(slurm):
     history.unlink()
     (track,) = slurm.place.folder.glob("work/track/*/teacher.json")
     track.unlink()
-    targets = [str(path.relative_to(slurm.place.folder)) for path in (history, track)]
-    done = slurm.run(*targets)
+    (slurm.place / "work/check.json").unlink()
+    wanted = (history, track, slurm.place / "work/check.json")
+    done = slurm.run(*(str(path.relative_to(slurm.place.folder)) for path in wanted))
     assert done.status == 0, done.output
-    assert history.exists() and track.exists()
-    assert list(slurm.asked()) == ["rule_distill_stage_wildcards_all"]
+    assert all(path.exists() for path in wanted)
+    assert slurm.asked() == {
+        "rule_distill_stage_wildcards_all": (
+            "--parsable --job-name RUN --output"
+            " WORK/logs/slurm/rule_distill_stage/all/%j.log --export=ALL"
+            " --comment rule_distill_stage_wildcards_all"
+            " -t 720 --mem 16000 --cpus-per-task=8 -D WORK --gpus=1"
+        )
+    }
