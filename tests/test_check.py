@@ -163,6 +163,12 @@ def test_models_whose_mlps_cannot_be_pruned(tmp_path, model, says):
     assert says in refused(tmp_path, model)
 
 
+def test_family_that_timm_cannot_build_smaller(tmp_path):
+    # ConvNeXt V1's blocks have plain MLPs, but there is no mlp_ratio from which to build them smaller.
+    message = refused(tmp_path, "convnext_tiny.fb_in1k")
+    assert "mlp_ratio" in message
+
+
 def test_ratio_above_the_teachers_own(tmp_path, vit):
     assert refused(tmp_path, vit, ratio=4.5) == (
         "prune.ratio is 4.5, but the teacher's MLPs have at most 4 hidden neurons a dimension:"

@@ -12,7 +12,7 @@ from dgmr.errors import DgmrError
 from dgmr.files import write_json
 from dgmr.models import TimmModel, input_size, mlps, widths
 from dgmr.params import Data, Prune, Teacher
-from dgmr.prune.model import check_ratio
+from dgmr.prune.model import prune_model
 
 _LOCAL = "local-dir:"
 
@@ -25,7 +25,9 @@ def check(teacher: Teacher, data: Data, prune: Prune, output: Path) -> None:
     """
     model = teacher_skeleton(teacher.model)
     dense = widths(model)
-    check_ratio(model, prune.ratio)
+    with torch.device("meta"):  # the student too can be built, whichever neurons will be kept
+        any_order = {name: torch.arange(width) for name, width in dense.items()}
+        prune_model(model, prune.ratio, any_order)
     if input_size(model)[0] != 3:
         raise DgmrError(
             f"teacher.model: {teacher.model} takes {input_size(model)[0]} channels;"
