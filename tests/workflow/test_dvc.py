@@ -4,10 +4,10 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 STAGES = ["teacher", "data", "features", "prune", "distill", "evaluate", "report"]
 
@@ -15,8 +15,9 @@ STAGES = ["teacher", "data", "features", "prune", "distill", "evaluate", "report
 class Clone:
     """A Git clone of the working tree as it is, with micro params."""
 
-    def __init__(self, folder, environment):
-        self.folder = folder
+    def __init__(self, place, environment):
+        self.folder = place.folder
+        self.place = replace(place, snakefile=place / "Snakefile")
         path = f"{Path(sys.executable).parent}:{environment['PATH']}"
         self.environment = environment | {"PATH": path, "DVC_NO_ANALYTICS": "true"}
 
@@ -39,9 +40,9 @@ class Clone:
         self.call("git", *who, "commit", "--quiet", "--message", message)
 
 
-@pytest.fixture(scope="module")
-def clone(repository, finished, tmp_path_factory, clean_environment):
-    clone = Clone(tmp_path_factory.mktemp("dvc") / "clone", clean_environment)
+@pytest.fixture
+def clone(repository, finished, tmp_path, clean_environment):
+    """With what plain Snakemake has left in it: DVC deletes the rooms, not what is under work/."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"],
         cwd=repository,
@@ -50,48 +51,38 @@ def clone(repository, finished, tmp_path_factory, clean_environment):
     )
     if listed.returncode:
         pytest.skip("the repository is no Git checkout")
+    clone = Clone(finished.copy(tmp_path / "clone"), clean_environment)
+    clone.place.edit(mlflow__tracking_uri=None)
     for name in listed.stdout.splitlines():
-        if (repository / name).is_file() and not name.startswith("tests/"):
-            (clone.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(repository / name, clone.folder / name)
-    shutil.copytree(finished / "resources", clone.folder / "resources", dirs_exist_ok=True)
-    # Fashion-MNIST's 60,000 files are not written again.
-    (images,) = finished.folder.glob("work/data/*/images")
-    table = images.with_name("table.parquet")
-    work = clone.folder / table.parent.relative_to(finished.folder)
-    work.mkdir(parents=True)
-    shutil.copy2(table, work)
-    (work / "images").symlink_to(images.resolve())
-    values = yaml.safe_load((finished / "params.yaml").read_text())
-    values["mlflow"]["tracking_uri"] = None
-    (clone.folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        path = clone.folder / name
+        if (repository / name).is_file() and not path.exists() and not name.startswith("tests/"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repository / name, path)
     clone.call("git", "init", "--quiet")
     clone.commit("before")
     return clone
 
 
 def test_dvc_runs_and_versions_the_rooms(clone, finished):
+    orders = {path: path.stat().st_mtime_ns for path in clone.folder.glob("work/prune/*/orders/*")}
     said = clone.call("dvc", "repro")
     for stage in STAGES:
         assert f"Running stage '{stage}'" in said
+    assert orders == {path: path.stat().st_mtime_ns for path in orders}
     assert (clone.folder / "results/report.html").exists()
     clone.commit("after")
 
     metrics = json.loads(clone.call("dvc", "metrics", "show", "--json"))
     shown = metrics[""]["data"]["results/metrics.json"]["data"]
-    wanted = json.loads((finished / "results/metrics.json").read_text())
-    speeds = [name for name in wanted if "images_per_s" in name]
-    assert {**shown, **dict.fromkeys(speeds)} == {**wanted, **dict.fromkeys(speeds)}
+    expected = json.loads((finished / "results/metrics.json").read_text())
+    speeds = dict.fromkeys(name for name in expected if "images_per_s" in name)
+    assert len(speeds) < len(expected) and shown | speeds == expected | speeds
+    assert clone.call("dvc", "plots", "show").strip().endswith(".html")
 
-    assert json.loads(clone.call("dvc", "status", "--json")) == {}
     assert "Running stage" not in clone.call("dvc", "repro")
+    assert not clone.place.planned()  # Snakemake agrees that all is done
 
-    plots = clone.call("dvc", "plots", "show")
-    assert plots.strip().endswith(".html")
-
-    values = yaml.safe_load((clone.folder / "params.yaml").read_text())
-    values["prune"]["ratio"] = 0.5
-    (clone.folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    clone.place.edit(prune__ratio=0.5)
     diff = json.loads(clone.call("dvc", "params", "diff", "--json"))
     assert diff == {"params.yaml": {"prune.ratio": {"old": 1.0, "new": 0.5, "diff": -0.5}}}
-    assert list(json.loads(clone.call("dvc", "status", "--json"))) == ["prune"]
+    assert set(json.loads(clone.call("dvc", "status", "--json"))) == {"prune", "report"}
