@@ -11,7 +11,8 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-.PHONY: help install run test lint ui demo-teacher schema lock bench-recipe
+.PHONY: help install run test test-prune lint ui demo-teacher schema lock \
+  bench-recipe bench-prune bench-methods bench-minilm
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -39,6 +40,20 @@ demo-teacher: install ## Train the demo teacher anew (about an hour on two cores
 
 bench-recipe: install ## Samples the plain recipe needs to match the compensated one.
 	$(BIN)/python benchmarks/recipe.py
+
+bench-prune: install ## The prune room's speed, memory and error; last line JSON (45 minutes, 25 GB of disk).
+	$(BIN)/snakemake --cores all --quiet all -- data
+	$(BIN)/python benchmarks/prune.py
+
+bench-methods: install ## Every selection method with every compensation on the demo teacher.
+	$(BIN)/snakemake --cores all --quiet all -- data
+	$(BIN)/python benchmarks/methods.py
+
+bench-minilm: install ## The selection methods on a pretrained text encoder, which is downloaded.
+	$(BIN)/python benchmarks/minilm.py
+
+test-prune: install ## The prune room's proofs at full size (30 minutes, 25 GB of disk).
+	$(BIN)/python -m pytest -m "slow or not slow" tests/prune
 
 schema: install ## Write workflow/schemas/params.schema.json from dgmr.params.
 	$(BIN)/dgmr schema > workflow/schemas/params.schema.json

@@ -5,7 +5,11 @@ from snakemake.utils import min_version
 min_version("9.0")
 
 
-configfile: "params.yaml"
+# A file given by --configfile is whole and takes the place of params.yaml: merged with it, a preset
+# would gain its stages.
+if not workflow.overwrite_configfiles:
+
+    configfile: "params.yaml"
 
 
 include: "workflow/rules/common.smk"

@@ -39,10 +39,10 @@ def table(tmp_path):
     return path
 
 
-def run(tmp_path, model, ratio=1.0, data=FASHION):
+def run(tmp_path, model, ratio=1.0, data=FASHION, checkpoint=None):
     data = Data.model_validate(FASHION | data)
     prune = Prune(ratio=ratio, max_ratio=max(2.0, ratio))
-    check(Teacher(model=model), data, prune, tmp_path / "check.json")
+    check(Teacher(model=model, checkpoint=checkpoint), data, prune, tmp_path / "check.json")
     return read_json(tmp_path / "check.json")
 
 
@@ -77,7 +77,8 @@ def test_good_params_are_written_down(tmp_path, vit, table):
 
 
 def test_no_weights_are_read_nor_memory_taken(vit, folder, tmp_path):
-    assert {parameter.device.type for parameter in teacher_skeleton(vit).parameters()} == {"meta"}
+    skeleton = teacher_skeleton(Teacher(model=vit))
+    assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
     hollow = tmp_path / "hollow"
     shutil.copytree(folder / "vit", hollow)
     (hollow / "model.safetensors").write_bytes(b"")
@@ -124,6 +125,35 @@ def test_local_folder_lacks_a_file(tmp_path, vit, folder, name):
     assert "as timm.models.save_for_hf writes it" in sentence
 
 
+def test_weights_may_lie_elsewhere(tmp_path, vit, folder):
+    shutil.copytree(folder / "vit", tmp_path / "vit")
+    weights = (tmp_path / "vit" / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    name = f"local-dir:{tmp_path / 'vit'}"
+    assert run(tmp_path, name, checkpoint=str(weights))["teacher"]["mlps"] == 2
+
+
+def test_checkpoint_makes_up_for_pretrained_weights(tmp_path):
+    (tmp_path / "weights.pth").touch()
+    bare = next(name for name in timm.list_models("vit_*") if not timm.is_model_pretrained(name))
+    assert "knows no model" in refused(tmp_path, "no_net", checkpoint=str(tmp_path / "weights.pth"))
+    assert run(tmp_path, bare, checkpoint=str(tmp_path / "weights.pth"))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("missing.pth", "is missing."),
+        ("weights.npz", "must be a folder or end in .safetensors, .pth, .pt, .bin."),
+        ("empty", "/model.safetensors is missing; weights in a folder are"),
+    ],
+)
+def test_checkpoint_that_cannot_be_one(tmp_path, vit, name, says):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "weights.npz").touch()
+    sentence = refused(tmp_path, vit, checkpoint=str(tmp_path / name))
+    assert sentence.startswith(f"teacher.checkpoint: {tmp_path / name}") and says in sentence
+
+
 @pytest.mark.parametrize("config", ["{", '{"architecture": "no_such_net"}', "{}"])
 def test_local_folder_with_another_config(tmp_path, vit, folder, config):
     shutil.copytree(folder / "vit", tmp_path / "vit")
@@ -148,14 +178,13 @@ def test_unknown_scheme(tmp_path):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ("resnet18", "resnet18 has no timm Mlp blocks, so there is nothing to prune."),
         (
-            "eva02_base_patch14_224.mim_in22k",
-            "blocks.0.mlp is a SwiGLU, which cannot be pruned yet",
+            "resnet18.a1_in1k",
+            "resnet18 has no timm Mlp, GluMlp or SwiGLU, so there is nothing to prune.",
         ),
         (
-            "eva02_tiny_patch14_224.mim_in22k",
-            "blocks.0.mlp is a GluMlp, which cannot be pruned yet",
+            "convnext_atto.d2_in1k",
+            "convnext_atto: stages.0.blocks.0.mlp is a Mlp of convolutions, which cannot be pruned",
         ),
     ],
 )
@@ -163,22 +192,51 @@ def test_models_whose_mlps_cannot_be_pruned(tmp_path, model, says):
     assert says in refused(tmp_path, model)
 
 
-def test_family_that_timm_cannot_build_smaller(tmp_path):
-    # ConvNeXt V1's blocks have plain MLPs, but there is no mlp_ratio from which to build them smaller.
-    message = refused(tmp_path, "convnext_tiny.fb_in1k")
-    assert "mlp_ratio" in message
+@pytest.mark.parametrize(
+    ("model", "mlps"),
+    [
+        ("eva02_base_patch14_224.mim_in22k", 12),  # gated
+        ("eva02_tiny_patch14_224.mim_in22k", 12),  # gated, packed
+        ("convnext_tiny.fb_in1k", 18),  # of no mlp_ratio that could say how wide
+    ],
+)
+def test_models_of_other_mlps(tmp_path, model, mlps):
+    assert run(tmp_path, model)["teacher"]["mlps"] == mlps
 
 
 def test_ratio_above_the_teachers_own(tmp_path, vit):
     assert refused(tmp_path, vit, ratio=4.5) == (
-        "prune.ratio is 4.5, but the teacher's MLPs have at most 4 hidden neurons a dimension:"
-        " choose a ratio from 0.0312 to 4."
+        "prune: blocks.0.mlp would keep 144 hidden units, but it has 128 (4 times its embed dim):"
+        " choose a width from 1 to 128."
     )
 
 
 def test_ratio_that_leaves_no_neuron(tmp_path, vit):
-    assert refused(tmp_path, vit, ratio=0.03).startswith("prune.ratio is 0.03, but")
+    assert "blocks.0.mlp would keep 0 hidden units" in refused(tmp_path, vit, ratio=0.03)
     assert run(tmp_path, vit, ratio=1 / 32)
+
+
+@pytest.mark.parametrize(
+    "prune", [{"keep": 0.3}, {"hidden_features": {"blocks.1.mlp": 3}}, {"budget": 0.6}]
+)
+def test_widths_may_be_given_in_other_ways(tmp_path, vit, prune):
+    check(Teacher(model=vit), Data.model_validate(FASHION), Prune(**prune), tmp_path / "check.json")
+    assert (tmp_path / "check.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("prune", "says"),
+    [
+        ({"budget": 0.1}, "prune.budget 0.1 is too small"),
+        ({"hidden_features": {"blocks.5.mlp": 3}}, "the teacher has no MLP blocks.5.mlp"),
+        ({"keep": 0.9}, "prune.max_ratio 2 orders only 64: raise it to at least 3.5938"),
+    ],
+)
+def test_widths_that_cannot_be(tmp_path, vit, prune, says):
+    data = Data.model_validate(FASHION)
+    with pytest.raises(DgmrError) as error:
+        check(Teacher(model=vit), data, Prune(**prune), tmp_path / "check.json")
+    assert says in str(error.value) and not (tmp_path / "check.json").exists()
 
 
 def test_teacher_of_another_number_of_channels(tmp_path):

@@ -46,9 +46,39 @@ def refusal(values):
 STAGE = DEFAULT["distill"]["stages"]["mlp"]
 
 
+# Ways to give the widths; the default file has one, and these as comments.
+OTHER_WIDTHS = ("keep", "hidden_features", "budget")
+
+
 def test_default_file_is_valid():
-    found = params.read(REPOSITORY / "params.yaml")
-    assert found.model_dump(mode="json") == DEFAULT  # every key is there, none is coerced
+    found = params.read(REPOSITORY / "params.yaml").model_dump(mode="json")
+    for name in OTHER_WIDTHS:
+        assert found["prune"].pop(name) is None
+    assert found == DEFAULT  # every other key is there, none is coerced
+
+
+def test_other_widths_stand_in_the_default_file_as_comments():
+    lines = (REPOSITORY / "params.yaml").read_text().splitlines()
+    for name in OTHER_WIDTHS:
+        (line,) = [line for line in lines if line.startswith(f"  # {name}: ")]
+        value = yaml.safe_load(line.replace("# ", "", 1))[name]
+        prune = {key: v for key, v in DEFAULT["prune"].items() if key != "ratio"}
+        assert params.validate(DEFAULT | {"prune": prune | {name: value}})
+
+
+@pytest.mark.parametrize("given", [{}, {"ratio": 1.0, "keep": 0.5}, {"keep": 0.5, "budget": 0.5}])
+def test_widths_are_given_in_exactly_one_way(given):
+    prune = {key: value for key, value in DEFAULT["prune"].items() if key != "ratio"}
+    sentence = refusal(DEFAULT | {"prune": prune | given})
+    assert "prune needs exactly one of ratio, keep, hidden_features, budget" in sentence
+    assert f"({', '.join(given) or 'none'} given)" in sentence
+
+
+def test_sequential_refits_need_refits():
+    sentence = refusal(
+        changed("prune", DEFAULT["prune"] | {"sequential": True, "compensate": "none"})
+    )
+    assert "prune.sequential needs prune.compensate: least_squares" in sentence
 
 
 @pytest.mark.parametrize(
@@ -107,6 +137,14 @@ def test_stage_may_have_the_name_of_a_key(name):
         ("prune.ratio", -1.0, "prune.ratio is -1.0: input should be greater than 0"),
         ("prune.ratio", math.nan, "prune.ratio is NaN"),
         ("prune.max_ratio", math.inf, "max_ratio is Infinity: input should be a finite number"),
+        ("prune.method", "l2", "'output_gram_schmidt', 'magnitude', 'active_energy', 'taylor' or"),
+        ("prune.keep", 1.5, "prune.keep is 1.5: input should be less than or equal to 1"),
+        ("prune.budget", 0, "prune.budget is 0: input should be greater than 0"),
+        ("prune.hidden_features", {}, "dictionary should have at least 1 item"),
+        ("prune.hidden_features", {"a": 0}, "prune.hidden_features.a is 0: input should be"),
+        ("prune.tokens", 0, "prune.tokens is 0: input should be greater than or equal to 1"),
+        ("prune.round_to", 0, "prune.round_to is 0: input should be greater than or equal to 1"),
+        ("prune.ridge", 0, "prune.ridge is 0: input should be greater than 0"),
         ("prune.compensate", "lsq", "'least_squares' or 'none'"),
         ("distill.stages", {}, "distill.stages is {}: dictionary should have at least 1 item"),
         ("distill.stages.mlp.train", "heads", 'distill.stages.mlp.train is "heads": input should'),
@@ -120,7 +158,7 @@ def test_wrong_value_is_refused(path, value, says):
 
 
 @pytest.mark.parametrize(
-    "path", ["teacher", "teacher.model", "data.n_samples", "prune.ratio", "distill.stages.all.lr"]
+    "path", ["teacher", "teacher.model", "data.n_samples", "distill.stages.all.lr"]
 )
 def test_missing_key_without_default_is_refused(path):
     assert refusal(changed(path, ...)) == f"my.yaml: {path} is missing; it has no default."
@@ -335,7 +373,8 @@ def leaves(kind, values, path=""):
 def test_every_knob_is_described_and_stands_in_the_default_file():
     knobs = {path: (field, value) for path, field, value in leaves(params.Params, DEFAULT)}
     assert {"teacher.model", "data.eval.n_samples", "distill.stages.all.loss.pooled"} <= set(knobs)
-    assert [path for path, (_, value) in knobs.items() if value is ...] == []
+    missing = [path for path, (_, value) in knobs.items() if value is ...]
+    assert missing == [f"prune.{name}" for name in OTHER_WIDTHS]
     assert [path for path, (field, _) in knobs.items() if not field.description] == []
 
 

@@ -44,7 +44,7 @@ def make_results(folder):
         for i, s in enumerate(STEPS)
     ]
     blocks = {
-        f"blocks.{i}.mlp": {"hidden_features": 768, "kept": 192, "residual_norms": [3.0, 2.0]}
+        f"blocks.{i}.mlp": {"hidden_features": 768, "kept": 192, "gains": [0.3, 0.2]}
         | {"error_plain": 0.5 + i, "error_refit": 0.1 + i}
         for i in range(BLOCKS)
     }

@@ -14,6 +14,8 @@ from dgmr.features import calibration, publish, targets
 from dgmr.params import Features
 from dgmr.shards import Sample, write_manifest, write_shard
 from PIL import Image
+from timm.layers import RmsNorm
+from torch import nn
 
 SIDE = 32
 CLASSES = 10
@@ -44,24 +46,110 @@ def vit(seed=0, **changes):
     return build("vit_tiny_patch16_224", seed, **(arguments | {"num_classes": CLASSES} | changes))
 
 
-def registers_vit():
-    return vit(reg_tokens=3, no_embed_class=True, init_values=0.5)
+def registers_vit(**changes):
+    return vit(reg_tokens=3, no_embed_class=True, init_values=0.5, **changes)
 
 
-def swin():
+def swin(**changes):
     """Two stages of one block each: 16 and 32 dimensions."""
-    stages = {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16}
+    return _windowed("swin_tiny_patch4_window7_224", **changes)
+
+
+def swin_v2(**changes):
+    """As :func:`swin`, with tables of positions that are in no file."""
+    return _windowed("swinv2_tiny_window8_256", **changes)
+
+
+def _windowed(name, **changes):
+    stages = {"depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16, "num_classes": CLASSES}
     window = {"img_size": SIDE, "patch_size": 4, "window_size": 4}
-    return build("swin_tiny_patch4_window7_224", num_classes=CLASSES, **stages, **window)
+    return build(name, **(stages | window | changes))
 
 
-def siglip():
+def siglip(**changes):
     """No class token, an attention-pool head with an MLP, a ratio that is no whole number, no classifier."""
     small = {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    return build("vit_base_patch16_siglip_224", mlp_ratio=2.7, num_classes=0, **small)
+    small |= {"mlp_ratio": 2.7, "num_classes": 0}
+    return build("vit_base_patch16_siglip_224", **(small | changes))
 
 
-FAMILIES = {"class token": vit, "registers": registers_vit, "swin": swin, "attention pool": siglip}
+def _narrow(name, **changes):
+    """24 dimensions, 2 blocks."""
+    small = {"img_size": SIDE, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    return build(name, **(small | {"num_classes": CLASSES} | changes))
+
+
+def dinov2(**changes):
+    """Registers, gate and value of the MLPs in one layer (SwiGLUPacked), no classifier."""
+    return _narrow("vit_giant_patch14_reg4_dinov2", **({"num_classes": 0} | changes))
+
+
+def dinov3(**changes):
+    """Rotary embeddings, gate and value apart (SwiGLU) and a multiple of 8 wide, no classifier."""
+    wider = {"embed_dim": 32, "num_classes": 0}
+    return _narrow("vit_huge_plus_patch16_dinov3", **(wider | changes))
+
+
+def eva02(**changes):
+    """Rotary embeddings, gate and value apart (SwiGLU), an inner norm."""
+    return _narrow("eva02_large_patch14_clip_224", **changes)
+
+
+def eva02_packed(**changes):
+    """Rotary embeddings, gate and value in one layer."""
+    return _narrow("eva02_tiny_patch14_224", **changes)
+
+
+def eva_clip(**changes):
+    """Norms after the MLPs, a ratio of 8.57."""
+    return _narrow("eva02_enormous_patch14_clip_224", **changes)
+
+
+def intern_vit(**changes):
+    return _narrow("vit_intern300m_patch14_448", **changes)
+
+
+def beit(**changes):
+    return _narrow("beit_base_patch16_224", **changes)
+
+
+FAMILIES = {
+    "class token": vit,
+    "registers": registers_vit,
+    "swin": swin,
+    "attention pool": siglip,
+    "packed": dinov2,
+    "gated": dinov3,
+    "gated with norm": eva02,
+    "packed, rotary": eva02_packed,
+    "norm after": eva_clip,
+    "intern_vit": intern_vit,
+    "beit": beit,
+}
+
+
+def mask(module, kept):
+    """Silence the other hidden units in a timm MLP; its inner norm sees the ``kept`` ones alone."""
+
+    def silence(norm, arguments, _output):
+        (hidden,) = arguments
+        chosen = _normed(norm, hidden[..., kept], kept)
+        return torch.zeros_like(hidden).index_copy(-1, kept, chosen)
+
+    module.norm.register_forward_hook(silence)
+    return module
+
+
+def _normed(norm, hidden, kept):
+    if isinstance(norm, nn.Identity):
+        return hidden
+    if isinstance(norm, RmsNorm):
+        return (
+            hidden / (hidden.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight[kept]
+        )
+    hidden = hidden - hidden.mean(-1, keepdim=True)
+    hidden = hidden / (hidden.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    return hidden * norm.weight[kept] + norm.bias[kept]
 
 
 def pixels(count=2, seed=0):
@@ -110,7 +198,7 @@ def write_features(folder, teacher, data, config):
     work = folder / "work"
     targets.compute(teacher, data, shards, config, work / "targets")
     calibrated = work / "calibration"
-    calibration.compute(teacher, data, config.calibration, config.batch_size, calibrated)
+    calibration.compute(teacher, data, config, calibrated)
     publish.publish(teacher, [work / "targets"], calibrated, config, folder / "room")
     return folder / "room"
 

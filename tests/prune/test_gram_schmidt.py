@@ -1,36 +1,41 @@
 """The greedy order equals a plain loop's, and column-pivoted QR's within a round."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from dgmr.prune import gram_schmidt_order
-from dgmr.prune.gram_schmidt import gram_schmidt
+from dgmr.prune.gram_schmidt import _Round, gram_schmidt
+from safetensors import safe_open
+
+TEACHER = Path(__file__).parents[2] / "resources/teachers/fashion-vit/model.safetensors"
 
 
 def plain_loop(weight, width):
     """The definition, a row at a time, in float64."""
     original = np.asarray(weight, dtype=np.float64)
-    free, order, norms = list(range(len(original))), [], []
+    free, order, norms = np.ones(len(original), dtype=bool), [], []
     while len(order) < width:
-        residuals = {row: original[row].copy() for row in free}
+        residuals = original.copy()
         first, taken = None, 0
-        while free and len(order) < width and taken < original.shape[1]:
-            lengths = {row: np.sqrt((residuals[row] ** 2).sum()) for row in free}
-            largest = max(lengths.values())
+        while free.any() and len(order) < width and taken < original.shape[1]:
+            lengths = np.where(free, np.sqrt((residuals**2).sum(1)), -1)
+            largest = lengths.max()
             first = largest if first is None else first
             if largest <= 1e-10 * first:
                 break
-            best = min(row for row in free if lengths[row] >= largest - 1e-12 * first)
+            best = np.flatnonzero(lengths >= largest - 1e-12 * first)[0]
             direction = residuals[best] / lengths[best]
-            free.remove(best)
-            for row in free:
+            free[best] = False
+            for row in np.flatnonzero(free):
                 residuals[row] -= (residuals[row] @ direction) * direction
-            order.append(best)
+            order.append(int(best))
             norms.append(lengths[best])
             taken += 1
         if taken == 0:
-            rest = free[: width - len(order)]
+            rest = np.flatnonzero(free)[: width - len(order)].tolist()
             order += rest
             norms += [0.0] * len(rest)
     return order, norms
@@ -42,6 +47,19 @@ def gaussian(draw, rows, columns):
 
 def heavy_tailed(draw, rows, columns):
     return draw.standard_t(1.5, (rows, columns))
+
+
+def scaled(draw, rows, columns):
+    return gaussian(draw, rows, columns) * draw.random((rows, 1))
+
+
+def nearly_collinear(draw, rows, columns):
+    return gaussian(draw, 1, columns) + 1e-4 * gaussian(draw, rows, columns)
+
+
+def low_precision(draw, rows, columns):
+    weight = torch.tensor(0.02 * gaussian(draw, rows, columns))
+    return weight.bfloat16().double().numpy()
 
 
 def scales_apart(draw, rows, columns):
@@ -78,10 +96,11 @@ def zero(_draw, rows, columns):
     return np.zeros((rows, columns))
 
 
-KINDS = [gaussian, heavy_tailed, scales_apart, duplicated, negated_and_zero, rank_deficient]
-KINDS += [whole_numbers, nearly_tied, zero]
-# Rows in the pool that the next ones are picked from; the module's own is larger than these matrices.
-POOLS = [256, 12, 2]
+KINDS = [gaussian, scaled, heavy_tailed, nearly_collinear, low_precision, scales_apart, duplicated]
+KINDS += [negated_and_zero, rank_deficient, whole_numbers, nearly_tied, zero]
+# Rows in the pool that the next ones are picked from, and in its head; the module's own is larger than
+# these matrices.
+POOLS = [(512, 160), (12, 4), (2, 1)]
 SHAPES = [
     (40, 10),
     (24, 24),
@@ -92,9 +111,11 @@ SHAPES = [
 ]  # the third: more columns than rows
 
 
-@pytest.fixture(params=POOLS)
+@pytest.fixture(params=POOLS, ids=str)
 def pool(request, monkeypatch):
-    monkeypatch.setattr("dgmr.prune.gram_schmidt._POOL", request.param)
+    size, head = request.param
+    monkeypatch.setattr("dgmr.prune.gram_schmidt._POOL", size)
+    monkeypatch.setattr("dgmr.prune.gram_schmidt._HEAD", head)
 
 
 @pytest.mark.usefixtures("pool")
@@ -121,13 +142,58 @@ def test_weights_of_lower_precision_are_taken_as_they_are(dtype):
         assert found.dtype == torch.long and not found.requires_grad
 
 
-@pytest.mark.parametrize("kind", [gaussian, duplicated, whole_numbers])
-def test_order_is_the_plain_loop_s_where_the_pool_is_a_part(kind):
-    weight = kind(np.random.default_rng(0), 320, 40)
-    order, norms = plain_loop(weight, 90)
-    found = gram_schmidt(torch.tensor(weight), 90)
+@pytest.mark.parametrize("shape", [(700, 40), (600, 150)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_order_is_the_plain_loop_s_where_the_pool_is_a_part(kind, shape):
+    weight, width = kind(np.random.default_rng(0), *shape), 180
+    order, norms = plain_loop(weight, width)
+    found = gram_schmidt(torch.tensor(weight), width)
     assert found.indices.tolist() == order
     np.testing.assert_allclose(found.residual_norms, norms, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("block", [0, 5])
+def test_order_of_trained_weights_is_the_plain_loop_s(block):
+    with safe_open(TEACHER, framework="pt") as file:
+        weight = file.get_tensor(f"blocks.{block}.mlp.fc1.weight")
+    width = 2 * weight.shape[1] + 10
+    assert gram_schmidt_order(weight, width).tolist() == plain_loop(weight, width)[0]
+
+
+@pytest.mark.parametrize("shape", [(300, 100), (100, 100), (60, 100), (700, 200)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_takes_rows_as_diverse_as_the_best(kind, shape, monkeypatch):
+    rounds = []
+
+    def recorded(self, most, run=_Round.run):
+        taken = run(self, most)
+        rounds.append(len(taken[0]))
+        return taken
+
+    monkeypatch.setattr(_Round, "run", recorded)
+    for seed in range(2):
+        weight = kind(np.random.default_rng(seed), *shape).astype(np.float32)
+        width = min(shape[0], shape[1] + shape[1] // 2)
+        rounds.clear()
+        found = gram_schmidt(torch.tensor(weight), width, dtype=torch.float32)
+        assert found.residual_norms.dtype == torch.float64
+        assert len(set(found.indices.tolist())) == width
+        order, free = iter(found.indices.tolist()), np.ones(len(weight), dtype=bool)
+        norms = iter(found.residual_norms.tolist())
+        for length in rounds:
+            residuals = weight.astype(np.float64)
+            first = np.linalg.norm(residuals[free], axis=1).max()
+            for _ in range(length):
+                row = next(order)
+                lengths = np.linalg.norm(residuals, axis=1)
+                assert lengths[row] >= lengths[free].max() - 5e-6 * first
+                assert next(norms) == pytest.approx(lengths[row], abs=5e-6 * first)
+                direction = residuals[row] / lengths[row]
+                residuals -= np.outer(residuals @ direction, direction)
+                free[row] = False
+            left = np.linalg.norm(residuals[free], axis=1).max(initial=0)
+            ended_early = length < shape[1] and sum(~free) < width
+            assert not ended_early or left <= 1.1e-5 * first
 
 
 @pytest.mark.parametrize("shape", [(60, 20), (20, 20), (12, 20), (900, 300)], ids=str)
@@ -215,8 +281,14 @@ def test_no_rows_wanted():
         (torch.zeros(4, 2), -1, "width -1"),
         (torch.tensor([[1.0, float("nan")]]), 1, "NaN or infinity"),
         (torch.tensor([[1.0, float("-inf")]]), 1, "NaN or infinity"),
+        (torch.tensor([[1.0, 1e200]], dtype=torch.double), 1, "too large for torch.float64"),
     ],
 )
 def test_what_cannot_be_ordered_is_refused(weight, width, said):
     with pytest.raises(ValueError, match=said):
         gram_schmidt(weight, width)
+
+
+def test_it_computes_in_float64_or_float32():
+    with pytest.raises(ValueError, match="not torch.float16"):
+        gram_schmidt_order(torch.ones(2, 2), 1, dtype=torch.float16)

@@ -13,7 +13,12 @@ from dgmr.report.metrics import read
 from dgmr.report.page import report
 
 STAGES = ["mlp", "full"]
-PARAMS = {"teacher": {"model": "vit_demo"}, "prune": {"ratio": 1.0}, "views": (0.2, 1.0)}
+PARAMS = {
+    "teacher": {"model": "vit_demo"},
+    "data": {"source": "fashion-mnist"},
+    "prune": {"ratio": 1.0},
+    "views": (0.2, 1.0),
+}
 ACCURACIES = ("top1", "top5", "same_top1")
 EVALUATIONS: dict[str, dict[str, Any]] = {
     "teacher": {"top1": 90.5, "top5": 99.5, "params": 4_000_000, "flops": 80_000_000},
@@ -87,7 +92,7 @@ def results(tmp_path: Path) -> Path:
             f"blocks.{index}.mlp": {
                 "hidden_features": 768,
                 "kept": 96,
-                "residual_norms": [2.0 - i / 96 for i in range(192)],
+                "gains": [(2.0 - i / 96) ** 2 for i in range(192)],
                 "error_plain": 0.4 + index,
                 "error_refit": 0.01 * (1 + index),
             }
@@ -166,7 +171,9 @@ def test_student_is_the_last_stage_and_shares_no_bytes_with_it(results: Path) ->
     (results / "student/left.txt").write_text("of a former run")
     made(results)
     stage = {file.name: file.read_bytes() for file in (results / "distill/full").iterdir()}
-    assert {file.name: file.read_bytes() for file in (results / "student").iterdir()} == stage
+    student = {file.name: file.read_bytes() for file in (results / "student").iterdir()}
+    assert student.pop("README.md")
+    assert student == stage
     with (results / "student/model.safetensors").open("ab") as file:
         file.write(b"changed by its user")
     assert (results / "distill/full/model.safetensors").read_bytes() == b"weights of full"
@@ -228,7 +235,7 @@ def test_page_tells_the_outcome_in_numbers(results: Path) -> None:
         " 1.00 −75.0% 0.0200 −75.0% 240 × 2.40"
     ) in seen
     assert "teacher 90.50 99.50 – – – 4.00 0.0800 100 pruned" in seen
-    assert "Of 2,304 hidden neurons in 3 MLPs, 288 stay (12.5%)" in seen
+    assert "Of 2,304 hidden units in 3 MLPs, 288 stay (12.5%)" in seen
     assert "blocks.2.mlp 768 96 240.00 3.00 50.5" in seen
     assert "dropped: unsafe or unjudged 11,111 18.5%" in seen
     assert "passed, not drawn 38,882" in seen

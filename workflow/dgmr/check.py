@@ -6,15 +6,16 @@ from typing import Any
 import timm
 import torch
 
+from dgmr.checkpoint import teacher_files
 from dgmr.data import tables
 from dgmr.data.evaluation import count_classes
 from dgmr.errors import DgmrError
 from dgmr.files import write_json
-from dgmr.models import TimmModel, input_size, mlps, widths
+from dgmr.mlps import mlps, widths
+from dgmr.models import TimmModel, input_size
 from dgmr.params import Data, Prune, Teacher
-from dgmr.prune.model import prune_model
-
-_LOCAL = "local-dir:"
+from dgmr.prune.model import build
+from dgmr.prune.widths import resolve
 
 
 def check(teacher: Teacher, data: Data, prune: Prune, output: Path) -> None:
@@ -23,11 +24,11 @@ def check(teacher: Teacher, data: Data, prune: Prune, output: Path) -> None:
     Raises:
         DgmrError: one sentence on the first thing that would fail later.
     """
-    model = teacher_skeleton(teacher.model)
-    dense = widths(model)
-    with torch.device("meta"):  # the student too can be built, whichever neurons will be kept
-        any_order = {name: torch.arange(width) for name, width in dense.items()}
-        prune_model(model, prune.ratio, any_order)
+    model = teacher_skeleton(teacher)
+    found_mlps = mlps(model)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    with torch.device("meta"):  # the student too can be built, whichever hidden units will be kept
+        build(model, resolve(found_mlps, prune, params))
     if input_size(model)[0] != 3:
         raise DgmrError(
             f"teacher.model: {teacher.model} takes {input_size(model)[0]} channels;"
@@ -43,33 +44,31 @@ def check(teacher: Teacher, data: Data, prune: Prune, output: Path) -> None:
             f" {teacher.model} has {model.num_classes}."
         )
     found: dict[str, Any] = {
-        "teacher": {"model": teacher.model, "hidden_features": dense, "mlps": len(mlps(model))},
+        "teacher": {
+            "model": teacher.model,
+            "hidden_features": widths(model),
+            "mlps": len(found_mlps),
+        },
     }
     write_json(output, found)
 
 
-def teacher_skeleton(name: str) -> TimmModel:
+def teacher_skeleton(teacher: Teacher) -> TimmModel:
     """The model's structure on the meta device: no weights are read.
 
     Raises:
         DgmrError: there is no such model, no pretrained weights for it, or a file is missing.
     """
-    if name.startswith(_LOCAL):
-        folder = Path(name.removeprefix(_LOCAL))
-        for file in ("config.json", "model.safetensors"):
-            if not (folder / file).is_file():
-                raise DgmrError(
-                    f"teacher.model: {folder / file} is missing; a local-dir is a folder with"
-                    " config.json and model.safetensors, as timm.models.save_for_hf writes it."
-                )
-    elif ":" not in name and not timm.is_model_pretrained(name):
-        known = timm.is_model(name)
-        raise DgmrError(
-            f"teacher.model: timm has no pretrained weights for {name}."
-            if known
-            else f"teacher.model: timm knows no model {name}; see timm.list_models(pretrained=True),"
-            " or give hf-hub:<repository> or local-dir:<folder>."
-        )
+    teacher_files(teacher)
+    name = teacher.model
+    if ":" not in name:
+        if not timm.is_model(name):
+            raise DgmrError(
+                f"teacher.model: timm knows no model {name}; see timm.list_models(pretrained=True),"
+                " or give hf-hub:<repository> or local-dir:<folder>."
+            )
+        if teacher.checkpoint is None and not timm.is_model_pretrained(name):
+            raise DgmrError(f"teacher.model: timm has no pretrained weights for {name}.")
     try:
         with torch.device("meta"):
             model: TimmModel = timm.create_model(name, pretrained=False)

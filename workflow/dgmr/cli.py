@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -36,8 +36,8 @@ Teacher = Annotated[Path, typer.Option(help="The teacher's artefact.")]
 Data = Annotated[Path, typer.Option(help="Folder of shards with its manifest.")]
 Features = Annotated[Path, typer.Option(help="The features room, results/features.")]
 Downloads = Annotated[Path, typer.Option(help="Where Fashion-MNIST is kept if it is fetched.")]
+Orders = Annotated[Path, typer.Option(help="Folder of orders.")]
 Part = Annotated[int, typer.Option(help="Which share of the blocks, from 0.")]
-Parts = Annotated[int, typer.Option(help="How many shares there are.")]
 
 
 def main() -> None:
@@ -69,12 +69,42 @@ def check(teacher: Config, data: Config, prune: Config, output: Output) -> None:
     )
 
 
+@app.command()
+def plan(
+    file: Annotated[Path, typer.Option("--params", help="A params file.")] = Path("params.yaml"),
+    model: Annotated[str | None, typer.Option(help="Or a model alone, with --ratio.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Hidden units over the embed dim.")] = None,
+    round_to: Annotated[int, typer.Option(help="Multiple that widths are rounded up to.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Tell what a run will cost, before anything runs."""
+    from rich.console import Console
+
+    from dgmr import plan as planning
+
+    if (model is None) != (ratio is None):
+        raise DgmrError("plan: --model and --ratio go together; give both, or a --params file.")
+    found: planning.ModelPlan | planning.RunPlan
+    if model is None:
+        found = planning.plan_run(params.read(file))
+    else:
+        # No order limits the width: any up to the dense one may be asked for.
+        widths = {"ratio": ratio, "round_to": round_to, "max_ratio": sys.maxsize}
+        found = planning.plan_model(model, params.section(params.Prune, json.dumps(widths)))
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    elif isinstance(found, planning.RunPlan):
+        planning.show_run(found, Console())
+    else:
+        planning.show_model(found, Console())
+
+
 @teacher_app.command("convert")
 def teacher_convert(config: Config, output: Output) -> None:
-    """Write a pretrained timm model as a model artefact."""
+    """Write a timm model with its weights as a model artefact."""
     from dgmr.teacher.convert import convert
 
-    convert(params.section(params.Teacher, config).model, output)
+    convert(params.section(params.Teacher, config), output)
 
 
 @teacher_app.command("train-demo")
@@ -172,7 +202,7 @@ def features_calibration(teacher: Teacher, data: Data, config: Config, output: O
     from dgmr.features.calibration import compute
 
     section = params.section(params.Features, config)
-    compute(teacher, data, section.calibration, section.batch_size, output)
+    compute(teacher, data, section, output)
 
 
 @features_app.command("publish")
@@ -189,49 +219,76 @@ def features_publish(
     publish(teacher, targets, calibration, params.section(params.Features, config), output)
 
 
+@prune_app.command("saliency")
+def prune_saliency(
+    teacher: Teacher,
+    data: Data,
+    features: Config,
+    seed: Annotated[int, typer.Option(help="Of the random probes.")],
+    output: Output,
+) -> None:
+    """Score every hidden unit for the method taylor."""
+    from dgmr.prune.saliency import compute
+
+    compute(teacher, data, params.section(params.Features, features), seed, output)
+
+
 @prune_app.command("orders")
 def prune_orders(
     teacher: Teacher,
-    max_ratio: Annotated[float, typer.Option(help="How far the orders reach.")],
+    config: Config,
     part: Part,
-    parts: Parts,
     output: Output,
+    features: Annotated[
+        Path | None, typer.Option(help="The features room, for methods that need it.")
+    ] = None,
+    saliency: Annotated[Path | None, typer.Option(help="Folder of scores, for taylor.")] = None,
 ) -> None:
-    """Order the hidden neurons of a share of the blocks."""
+    """Order the hidden units of a share of the blocks."""
     from dgmr.prune.orders import compute
 
-    compute(teacher, max_ratio, part, parts, output)
+    compute(teacher, params.section(params.Ordering, config), part, output, features, saliency)
 
 
 @prune_app.command("refits")
 def prune_refits(
-    teacher: Teacher,
-    orders: Annotated[Path, typer.Option(help="Folder of orders.")],
-    features: Features,
-    ratio: Annotated[float, typer.Option(help="Neurons kept, over the embed dim.")],
-    ridge: Annotated[float, typer.Option(help="Strength of the ridge.")],
-    part: Part,
-    parts: Parts,
-    output: Output,
+    teacher: Teacher, orders: Orders, features: Features, config: Config, part: Part, output: Output
 ) -> None:
     """Compensate a share of the blocks in closed form."""
     from dgmr.prune.refits import compute
 
-    compute(teacher, orders, features, ratio, ridge, part, parts, output)
+    compute(teacher, orders, features, params.section(params.Prune, config), part, output)
+
+
+@prune_app.command("sequential-refits")
+def prune_sequential_refits(
+    teacher: Teacher,
+    orders: Orders,
+    data: Data,
+    features: Annotated[str, typer.Option(help="The section features as JSON.")],
+    config: Config,
+    output: Output,
+) -> None:
+    """Compensate block after block, on the student's own inputs."""
+    from dgmr.prune.refits import compute_sequential
+
+    calibration = params.section(params.Features, features)
+    section = params.section(params.Prune, config)
+    compute_sequential(teacher, orders, data, calibration, section, output)
 
 
 @prune_app.command("assemble")
 def prune_assemble(
     teacher: Teacher,
-    orders: Annotated[Path, typer.Option(help="Folder of orders.")],
-    ratio: Annotated[float, typer.Option(help="Neurons kept, over the embed dim.")],
+    orders: Orders,
+    config: Config,
     output: Output,
-    refits: Annotated[list[Path] | None, typer.Option(help="part-<p>.json of the refits.")] = None,
+    refits: Annotated[list[Path] | None, typer.Option(help="Part files of the refits.")] = None,
 ) -> None:
     """Write the pruned student."""
     from dgmr.prune.assemble import assemble
 
-    assemble(teacher, orders, refits or [], ratio, output)
+    assemble(teacher, orders, refits or [], params.section(params.Prune, config), output)
 
 
 @app.command()
@@ -279,6 +336,18 @@ def evaluate_speed(
     named = dict(model.split("=", 1) for model in models)
     folders = {name: Path(folder) for name, folder in named.items()}
     measure(folders, params.section(params.Evaluate, config), output)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="The artefact, such as results/student.")],
+    output: Output,
+    format: Annotated[Literal["onnx"], typer.Option(help="What to make of it.")] = "onnx",
+) -> None:
+    """Write a model for other runtimes, checked against the artefact."""
+    from dgmr.export import export
+
+    export(model, output)
 
 
 @app.command()

@@ -1,21 +1,18 @@
-"""What the stages need to know of a timm model: its outputs, its MLPs, its transforms.
+"""What the stages need to know of a timm model: its outputs, its transforms, how to build its like.
 
-B: batch, T: tokens, D: embed dim, N: inputs of an MLP, M: its hidden neurons.
+B: batch, T: tokens, D: embed dim.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
-from timm.layers import Mlp
 from timm.models import get_model_args
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import Compose
-
-from dgmr.errors import DgmrError
 
 TimmModel: TypeAlias = Any
 """A timm model: an ``nn.Module`` with ``forward_features``, ``forward_head``, ``num_classes`` and
@@ -64,64 +61,6 @@ def _outputs(model: TimmModel, features: Tensor) -> Outputs:
     return Outputs(pooled, features[:, getattr(model, "num_prefix_tokens", 0) :])
 
 
-def mlps(model: TimmModel) -> dict[str, Mlp]:
-    """The MLPs that can be pruned, by module name, in the order of the network.
-
-    Raises:
-        DgmrError: there is none, or one is of a kind that cannot be pruned yet.
-    """
-    found = {}
-    for name, module in model.named_modules():
-        if type(module) is Mlp:
-            if not isinstance(module.norm, nn.Identity) or isinstance(module.fc1, nn.Conv2d):
-                raise DgmrError(
-                    f"{_name(model)}: {name} is an MLP with an inner norm or convolutions,"
-                    " which cannot be pruned yet; choose a model with plain timm Mlp blocks."
-                )
-            found[name] = module
-        elif name.rpartition(".")[2] == "mlp" and not isinstance(module, nn.Identity):
-            raise DgmrError(
-                f"{_name(model)}: {name} is a {type(module).__name__}, which cannot be pruned yet;"
-                " choose a model with plain timm Mlp blocks."
-            )
-    if not found:
-        raise DgmrError(f"{_name(model)} has no timm Mlp blocks, so there is nothing to prune.")
-    return found
-
-
-def widths(model: TimmModel) -> dict[str, int]:
-    """Hidden neurons of every MLP, by module name."""
-    return {name: mlp.fc1.out_features for name, mlp in mlps(model).items()}
-
-
-def largest_ratio(model: TimmModel) -> float:
-    """Ratio of hidden neurons to embed dim at which the first MLP loses none."""
-    return min(mlp.fc1.out_features / mlp.fc1.in_features for mlp in mlps(model).values())
-
-
-@contextmanager
-def recorded_mlp_inputs(model: TimmModel) -> Iterator[dict[str, Tensor]]:
-    """Within the block, each forward pass puts the MLPs' inputs into the given dict, by module name.
-
-    Inputs are ``[B, T, N]``; Swin's ``[B, H, W, N]`` are flattened to that, a lone token's ``[B, N]`` too.
-    """
-    inputs: dict[str, Tensor] = {}
-
-    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def record(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            value = arguments[0].detach()
-            inputs[name] = value.reshape(len(value), -1, value.shape[-1])
-
-        return record
-
-    hooks = [mlp.register_forward_pre_hook(recorder(name)) for name, mlp in mlps(model).items()]
-    try:
-        yield inputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def evaluation_transform(model: TimmModel) -> Compose:
     """The transform of the model's ``pretrained_cfg``: PIL image to normalised ``[C, H, W]``."""
     return create_transform(**resolve_model_data_config(model), is_training=False)
@@ -133,12 +72,27 @@ def input_size(model: TimmModel) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def flops(model: TimmModel) -> int:
+    """Floating-point operations of one image's forward pass, a multiply-add counting two."""
+    return flops_by_module(model)[""]
+
+
+def flops_by_module(model: TimmModel) -> dict[str, int]:
+    """As :func:`flops`, by module name, modules within it included; those that have none are left out."""
+    image = torch.zeros(1, *input_size(model), device=next(model.parameters()).device)
+    # Of attention's kernels, the counter knows not all; as plain matrix products it counts it everywhere.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(image)
+    root = type(model).__name__
+    found = {"": int(counter.get_total_flops())}
+    for name, by_operator in counter.get_flop_counts().items():
+        if name.startswith(f"{root}."):
+            found[name.removeprefix(f"{root}.")] = sum(by_operator.values())
+    return found
+
+
 def like(model: TimmModel, **changes: Any) -> TimmModel:
     """An untrained timm model built as ``model`` was, but for ``changes`` of its arguments."""
     arguments = get_model_args(model) | changes
     config = dict(model.pretrained_cfg)
     return timm.create_model(config["architecture"], pretrained_cfg=config, **arguments)
-
-
-def _name(model: TimmModel) -> str:
-    return str(model.pretrained_cfg.get("architecture", type(model).__name__))

@@ -39,7 +39,22 @@ class Teacher(Section):
     """The model to reduce."""
 
     model: Annotated[str, Field(min_length=1)]
-    """timm name with pretrained weights, ``hf-hub:<repository>`` or ``local-dir:<folder>``."""
+    """timm name, ``hf-hub:<repository>`` or ``local-dir:<folder>``: the architecture, and its weights
+    where ``checkpoint`` gives none."""
+    checkpoint: Annotated[str, Field(min_length=1)] | None = None
+    """Weights on disk: a ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file, or a folder with
+    ``model.safetensors``, its shards and their index, or ``pytorch_model.bin``."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of a ``local-dir``."""
+        scheme, _, folder = self.model.partition(":")
+        return Path(folder) if scheme == "local-dir" else None
+
+    @property
+    def weights(self) -> Path | None:
+        """The file or folder that the weights are read from; None where timm fetches them."""
+        return self.folder if self.checkpoint is None else Path(self.checkpoint)
 
 
 class Filters(Section):
@@ -184,26 +199,77 @@ class Features(Section):
     """Images a forward pass."""
 
 
-class Prune(Section):
-    """Which hidden neurons stay."""
+class Ordering(Section):
+    """How the hidden units of every MLP are ordered; none of the methods needs labels."""
 
-    ratio: Annotated[float, Field(gt=0)]
-    """Hidden neurons kept, as a multiple of the embed dim: ``int(ratio * dim)``."""
+    method: Literal[
+        "gram_schmidt",
+        "activation_gram_schmidt",
+        "output_gram_schmidt",
+        "magnitude",
+        "active_energy",
+        "taylor",
+        "random",
+    ] = "gram_schmidt"
+    """By the rows of the first layer, by calibration activations, or by what the output loses."""
+    seed: int = 0
+    """Of the methods ``random`` and ``taylor``."""
+    tokens: Annotated[int, Field(ge=1)] | None = 32768
+    """Calibration tokens that a method looks at, spread evenly over the images; null: all."""
     max_ratio: Annotated[float, Field(gt=0)] = 2.0
-    """The orders reach this far; any ratio up to it is a slice of them."""
-    compensate: Literal["least_squares", "none"] = "least_squares"
-    """Refit fc2 on calibration activations, or only slice it."""
-    ridge: Annotated[float, Field(gt=0)] = 1e-4
-    """Strength of the refit's ridge, as a multiple of the kept neurons' mean variance."""
+    """The orders reach this multiple of the embed dim; any width up to it is a slice of them."""
     parts: Annotated[int, Field(ge=1)] = 1
     """Jobs the blocks are dealt to."""
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method looks at calibration activations."""
+        return self.method in ("activation_gram_schmidt", "output_gram_schmidt", "active_energy")
+
+
+class Prune(Ordering):
+    """Which hidden units stay, and how the others are made up for."""
+
+    ratio: Annotated[float, Field(gt=0)] | None = None
+    """Hidden units kept, as a multiple of the embed dim: ``int(ratio * dim)``."""
+    keep: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Or as a fraction of the MLP's own: ``int(keep * hidden_features)``."""
+    hidden_features: (
+        Annotated[dict[str, Annotated[int, Field(ge=1)]], Field(min_length=1)] | None
+    ) = None
+    """Or by the MLP's module name; MLPs that are not named keep all."""
+    budget: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Or parameters of the student as a fraction of the teacher's, spread over the MLPs by what each
+    further hidden unit gains."""
+    round_to: Annotated[int, Field(ge=1)] = 1
+    """Widths are rounded up to a multiple of it, at most to the dense width."""
+    include_pool_head: bool = True
+    """Prune the MLP of an attention-pool head too; plain timm loads the student only if so."""
+    compensate: Literal["least_squares", "none"] = "least_squares"
+    """Refit fc2 on calibration activations, or only slice it."""
+    sequential: bool = False
+    """Refit block after block, on the inputs that the student itself gives, instead of the teacher's."""
+    ridge: Annotated[float, Field(gt=0)] | None = None
+    """Strength of the refit's ridge, as a multiple of the kept units' mean variance; null: the one
+    with the lowest error on held-out calibration images, for each MLP."""
+
     @model_validator(mode="after")
-    def _within_order(self) -> Self:
-        if self.ratio > self.max_ratio:
+    def _one_width(self) -> Self:
+        widths = {
+            name: getattr(self, name) for name in ("ratio", "keep", "hidden_features", "budget")
+        }
+        given = [name for name, value in widths.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"prune needs exactly one of {', '.join(widths)}"
+                f" ({', '.join(given) if given else 'none'} given)"
+            )
+        if self.ratio is not None and self.ratio > self.max_ratio:
             raise ValueError(
                 f"prune.ratio {self.ratio} must not exceed prune.max_ratio {self.max_ratio}"
             )
+        if self.sequential and self.compensate == "none":
+            raise ValueError("prune.sequential needs prune.compensate: least_squares")
         return self
 
 
@@ -339,14 +405,10 @@ def section(kind: type[SectionT], text: str) -> SectionT:
     """
     if text.endswith((".yaml", ".yml")):
         found = read(Path(text))
-        if isinstance(found, kind):
-            return found
-        name = kind.__name__.lower()
-        if name not in Params.model_fields:
-            raise DgmrError(
-                f"{text}: a {kind.__name__} must be given as JSON, not as a params file."
-            )
-        return getattr(found, name)
+        for candidate in (found, *(getattr(found, name) for name in Params.model_fields)):
+            if isinstance(candidate, kind):
+                return candidate
+        raise DgmrError(f"{text}: a {kind.__name__} must be given as JSON, not as a params file.")
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:

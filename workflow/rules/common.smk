@@ -11,12 +11,13 @@ from snakemake.exceptions import WorkflowError
 PACKAGES = os.path.join(workflow.basedir, "workflow")
 sys.path.insert(0, PACKAGES)
 
+from dgmr.checkpoint import teacher_files
 from dgmr.errors import DgmrError
 from dgmr.fingerprint import code, key
 from dgmr.params import validate
 
 try:
-    PARAMS = validate(config)
+    PARAMS = validate(config, ", ".join(map(str, workflow.overwrite_configfiles)) or "params.yaml")
 except DgmrError as error:
     raise WorkflowError(str(error)) from None
 
@@ -53,10 +54,11 @@ def folder_of(name):
 
 
 def local_teacher_files():
-    """Files of a local-dir teacher that are there; the check names those that are not."""
-    scheme, _, folder = PARAMS.teacher.model.partition(":")
-    names = ["model.safetensors", "config.json"] if scheme == "local-dir" else []
-    return [path for name in names if os.path.isfile(path := os.path.join(folder, name))]
+    """Files that a local teacher is read from; none where one is missing, for the check names it."""
+    try:
+        return [str(path) for path in teacher_files(PARAMS.teacher)]
+    except DgmrError:
+        return []
 
 
 def shards_of(wildcards):

@@ -16,7 +16,7 @@ rule report:
         "results/report.html",
         "results/metrics.json",
         "results/curves.json",
-        expand("results/student/{file}", file=ARTEFACT),
+        expand("results/student/{file}", file=[*ARTEFACT, "README.md"]),
     log:
         "logs/report.log",
     conda:

@@ -16,7 +16,8 @@ from dgmr import artefact
 from dgmr.distill.losses import weighted
 from dgmr.distill.pairs import PairOrder, Pairs
 from dgmr.errors import DgmrError
-from dgmr.models import Outputs, device, loader_workers, mlps, outputs
+from dgmr.mlps import mlps
+from dgmr.models import Outputs, device, loader_workers, outputs
 from dgmr.params import Stage
 from dgmr.progress import progress
 from dgmr.targets import Manifest
@@ -92,7 +93,7 @@ def _freeze_all_but(student: nn.Module, what: str) -> list[nn.Parameter]:
     if what == "mlp":
         student.requires_grad_(False)
         for mlp in mlps(student).values():
-            mlp.requires_grad_(True)
+            mlp.module.requires_grad_(True)
     return [parameter for parameter in student.parameters() if parameter.requires_grad]
 
 

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 
 from dgmr import artefact
 from dgmr.errors import DgmrError
@@ -19,7 +17,7 @@ from dgmr.models import (
     TimmModel,
     device,
     evaluation_transform,
-    input_size,
+    flops,
     loader_workers,
     outputs_and_logits,
 )
@@ -81,15 +79,6 @@ def evaluate(
             "flops": flops(model),
         },
     )
-
-
-def flops(model: TimmModel) -> int:
-    """Floating-point operations of one image's forward pass, a multiply-add counting two."""
-    image = torch.zeros(1, *input_size(model), device=next(model.parameters()).device)
-    # Of attention's kernels, the counter knows not all; as plain matrix products it counts it everywhere.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(image)
-    return int(counter.get_total_flops())
 
 
 def check_labels(images: ShardedImages, model: TimmModel) -> None:

@@ -1,41 +1,69 @@
-"""The order of every block's hidden neurons, on its own file, redone on its own."""
+"""The order of every block's hidden units, on its own file, redone on its own."""
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dgmr import artefact
 from dgmr.errors import DgmrError
 from dgmr.files import ORIGIN, replaced, write_json
-from dgmr.models import mlps
-from dgmr.prune.gram_schmidt import Order, gram_schmidt
+from dgmr.mlps import mlps
+from dgmr.params import Ordering
+from dgmr.prune.block import Block
+from dgmr.prune.methods import METHODS, Order, Request
+from dgmr.prune.widths import reach
+from dgmr.targets import Manifest
 
 
-def compute(teacher: Path, max_ratio: float, part: int, parts: int, output: Path) -> None:
+@torch.inference_mode()
+def compute(
+    teacher: Path,
+    config: Ordering,
+    part: int,
+    output: Path,
+    features: Path | None = None,
+    saliency: Path | None = None,
+) -> None:
     """Order the MLPs ``part``, ``part + parts``, ... of the ``teacher`` artefact into ``output``.
 
-    Writes ``<mlp>.safetensors`` with ``indices`` and ``residual_norms`` up to ``max_ratio`` times
-    the embed dim, then ``part-<part>-of-<parts>.json``, which lists them. A file that is there and was made of
-    the same weights stays.
+    Writes ``<mlp>.safetensors`` with ``indices`` and ``gains`` up to ``max_ratio`` times the embed
+    dim, then ``part-<part>-of-<parts>.json``, which lists them and tells the seconds of selecting. A file that is there and was made of
+    the same weights in the same way stays. ``features`` is the features room, for methods that look
+    at calibration inputs; ``saliency`` the folder of scores, for ``taylor``.
     """
     weights_sha256 = artefact.provenance(teacher)["sha256"]
-    names = list(mlps(artefact.skeleton(teacher)))[part::parts]
-    origin = {"weights_sha256": weights_sha256, "max_ratio": str(max_ratio)}
-    for name in names:
+    manifest = None if features is None else Manifest(features)
+    if manifest is not None:
+        manifest.check_teacher(weights_sha256)
+    blocks = list(mlps(artefact.skeleton(teacher)).items())[part :: config.parts]
+    origin = {
+        "weights_sha256": weights_sha256,
+        "method": config.method,
+        "max_ratio": str(config.max_ratio),
+        "seed": str(config.seed),
+        "tokens": str(config.tokens),
+    }
+    seconds = 0.0
+    for name, mlp in blocks:
         path = output / f"{name}.safetensors"
         if _origin(path) == origin:
             continue
-        with safe_open(teacher / artefact.WEIGHTS, framework="pt") as weights:
-            weight = weights.get_tensor(f"{name}.fc1.weight")
+        started = time.monotonic()
+        request = Request(reach(mlp, config.max_ratio), config.seed, config.tokens)
         try:
-            order = gram_schmidt(weight, min(len(weight), int(max_ratio * weight.shape[1])))
+            order = METHODS[config.method](Block(teacher, name, mlp, manifest, saliency), request)
         except ValueError as error:
-            raise DgmrError(f"{teacher / artefact.WEIGHTS}: {name}.fc1.weight: {error}") from None
+            raise DgmrError(f"{teacher / artefact.WEIGHTS}: {name}: {error}") from None
+        seconds += time.monotonic() - started
         with replaced(path) as partial:
             save_file(order._asdict(), partial, metadata={ORIGIN: json.dumps(origin)})
-    write_json(output / f"part-{part}-of-{parts}.json", {"blocks": names, "origin": origin})
+    listed = {"blocks": [name for name, _ in blocks], "origin": origin, "seconds": seconds}
+    write_json(output / f"part-{part}-of-{config.parts}.json", listed)
 
 
 def load(folder: Path, weights_sha256: str) -> dict[str, Order]:
@@ -53,15 +81,15 @@ def load(folder: Path, weights_sha256: str) -> dict[str, Order]:
                 " run snakemake again."
             )
         with safe_open(path, framework="pt") as file:
-            orders[path.stem] = Order(file.get_tensor("indices"), file.get_tensor("residual_norms"))
+            orders[path.stem] = Order(file.get_tensor("indices"), file.get_tensor("gains"))
     return orders
 
 
-def _origin(path: Path) -> dict[str, str] | None:
+def _origin(path: Path) -> dict[str, Any] | None:
     """What the order was made of, or None where there is no readable file."""
     try:
         with safe_open(path, framework="pt") as file:
-            found: dict[str, str] = json.loads(file.metadata()[ORIGIN])
+            found: dict[str, Any] = json.loads(file.metadata()[ORIGIN])
             return found
     except Exception:  # noqa: BLE001 - safetensors raises its own and OSError; all mean "make it anew"
         return None

@@ -1,68 +1,189 @@
 """The compensated fc2 of every block, on its own file."""
 
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from timm.layers import Mlp
+from torch import Tensor
 
 from dgmr import artefact
-from dgmr.files import replaced, write_json
-from dgmr.models import mlps
+from dgmr.files import ORIGIN, replaced, write_json
+from dgmr.fingerprint import key
+from dgmr.images import calibration_images, some_tokens
+from dgmr.mlps import PrunableMlp, mlps
+from dgmr.models import device
+from dgmr.params import Features, Prune
+from dgmr.progress import progress
 from dgmr.prune import orders as block_orders
-from dgmr.prune.compensate import LeastSquares, Refit
+from dgmr.prune import widths
+from dgmr.prune.block import Block, held_out_images
+from dgmr.prune.compensate import Fold, LeastSquares
+from dgmr.prune.model import Refit
+from dgmr.streaming import in_step, streamed
 from dgmr.targets import Manifest
 
 
+class _Plan(NamedTuple):
+    """What is to be kept of the teacher."""
+
+    weights_sha256: str
+    found: dict[str, PrunableMlp]
+    """On the meta device."""
+    kept: dict[str, Tensor]
+    """By MLP, of those that lose hidden units."""
+
+
+@torch.inference_mode()
 def compute(
-    teacher: Path,
-    orders: Path,
-    features: Path,
-    ratio: float,
-    ridge: float,
-    part: int,
-    parts: int,
-    output: Path,
+    teacher: Path, orders: Path, features: Path, config: Prune, part: int, output: Path
 ) -> None:
-    """Refit the MLPs ``part``, ``part + parts``, ... for ``ratio`` into the folder ``output``.
+    """Refit the MLPs ``part``, ``part + parts``, ... on the teacher's inputs into the folder ``output``.
 
     Writes ``<mlp>.safetensors`` with ``weight`` ``[N, k]`` and ``bias`` ``[N]``, then
-    ``part-<part>-of-<parts>.json`` with the errors before and after.
+    ``part-<part>-of-<parts>.json`` with the errors before and after. MLPs that lose no hidden unit
+    have none; a refit that is there and is of the same weights stays.
     """
-    weights_sha256 = artefact.provenance(teacher)["sha256"]
-    order_of = block_orders.load(orders, weights_sha256)
+    plan = _planned(teacher, orders, config)
     manifest = Manifest(features)
-    manifest.check_teacher(weights_sha256)
-    errors = {}
-    for name, skeleton in list(mlps(artefact.skeleton(teacher)).items())[part::parts]:
-        mlp = _with_weights(skeleton, teacher, name)
-        kept = order_of[name].indices[: int(ratio * mlp.fc1.in_features)]
-        squares = LeastSquares(mlp, kept)
-        with safe_open(manifest.calibration(name), framework="pt") as file:
-            squares.add(file.get_tensor("inputs"))
-        refit = squares.solve(ridge)
-        tensors = {"weight": refit.weight.contiguous()}
-        if refit.bias is not None:
-            tensors["bias"] = refit.bias
-        with replaced(output / f"{name}.safetensors") as partial:
-            save_file(tensors, partial)
-        errors[name] = {"error_plain": refit.error_plain, "error_refit": refit.error_refit}
-    write_json(output / f"part-{part}-of-{parts}.json", errors)
+    manifest.check_teacher(plan.weights_sha256)
+    report: dict[str, Any] = {}
+    for name in list(plan.found)[part :: config.parts]:
+        if name not in plan.kept:
+            continue
+        path = output / f"{name}.safetensors"
+        if _about(path, plan) is None:
+            block = Block(teacher, name, plan.found[name], manifest)
+            dense = block.mlp()
+            pruned = dense.pruned(plan.kept[name])
+            squares = _squares(pruned)
+            for inputs, held_out in block.inputs():
+                _add(squares, dense.module(inputs), pruned, inputs, held_out)
+            _save(squares.solve(config.ridge), pruned, plan, path)
+        report[name] = _about(path, plan)
+    write_json(output / f"part-{part}-of-{config.parts}.json", report)
 
 
-def load(folder: Path, errors: dict[str, dict[str, float]]) -> dict[str, Refit]:
-    """The refits in ``folder`` by MLP, with the ``errors`` that the parts' JSON files told."""
-    refits = {}
-    for name, error in errors.items():
-        tensors = load_file(folder / f"{name}.safetensors")
-        refits[name] = Refit(tensors["weight"], tensors.get("bias"), **error)
-    return refits
+@torch.inference_mode()
+def compute_sequential(
+    teacher: Path, orders: Path, data: Path, features: Features, config: Prune, output: Path
+) -> None:
+    """Refit all MLPs in turn, on the inputs they get where those before them are pruned and refitted.
 
+    Aims at what the teacher's MLP says of the teacher's own inputs. Writes what :func:`compute` does,
+    as a single part.
+    """
+    plan = _planned(teacher, orders, config)
+    where = device()
+    model = streamed(teacher, where)
+    batches = [batch.to(where) for batch in calibration_images(data, model, features)]
+    report: dict[str, Any] = {}
 
-def _with_weights(mlp: Mlp, teacher: Path, name: str) -> Mlp:
-    """The MLP with its weights; no other tensor of the checkpoint is read."""
-    with safe_open(teacher / artefact.WEIGHTS, framework="pt") as weights:
-        mlp.load_state_dict(
-            {key: weights.get_tensor(f"{name}.{key}") for key in mlp.state_dict()}, assign=True
+    def answer(name: str, inputs: list[Tensor]) -> list[Tensor]:
+        # The first half of the passes is the teacher, the second the student.
+        taught, own = inputs[: len(batches)], inputs[len(batches) :]
+        dense = Block(teacher, name, plan.found[name]).mlp()
+        dense.module.to(where)
+        said = [dense.module(value) for value in taught]
+        advance(1)
+        if name not in plan.kept:
+            return said + [dense.module(value) for value in own]
+        pruned = dense.pruned(plan.kept[name])
+        path = output / f"{name}.safetensors"
+        if _about(path, plan) is None:
+            squares = _squares(pruned)
+            # Each block draws for itself, so that a run that goes on draws what a whole one does.
+            seed = int(key(features.calibration.seed, name), 16)
+            generator = torch.Generator().manual_seed(seed)
+            for batch, both in enumerate(zip(said, own, strict=True)):
+                joined = torch.cat(
+                    [value.reshape(len(value), -1, value.shape[-1]) for value in both], 2
+                )
+                joined = some_tokens(joined, features.calibration.tokens, generator)
+                of_held_out = held_out_images(batch * features.batch_size, len(joined))
+                for held_out in (False, True):
+                    tokens = joined[of_held_out == held_out].flatten(0, 1)
+                    wanted, given = tokens.split([dense.out_features, dense.in_features], 1)
+                    _add(squares, wanted, pruned, given, held_out)
+            _save(squares.solve(config.ridge), pruned, plan, path)
+        refit = _load(path)
+        pruned.module.fc2.load_state_dict(
+            {part: value for part, value in refit._asdict().items() if value is not None}
         )
-    return mlp.eval().requires_grad_(False)
+        report[name] = _about(path, plan)
+        return said + [pruned.module(value) for value in own]
+
+    with progress("sequential refits", len(plan.found)) as advance:
+        in_step(model, [*batches, *batches], answer)
+    write_json(output / "part-0-of-1.json", report)
+
+
+class Refits(Mapping[str, Refit]):
+    """The refits in a folder, by MLP; each is read when it is asked for."""
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self._paths = {name: folder / f"{name}.safetensors" for name in names}
+
+    def __getitem__(self, name: str) -> Refit:
+        return _load(self._paths[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def _planned(teacher: Path, orders: Path, config: Prune) -> _Plan:
+    weights_sha256 = artefact.provenance(teacher)["sha256"]
+    skeleton = artefact.skeleton(teacher)
+    order_of = block_orders.load(orders, weights_sha256)
+    return _Plan(weights_sha256, mlps(skeleton), widths.kept(skeleton, config, order_of))
+
+
+def _squares(pruned: PrunableMlp) -> LeastSquares:
+    return LeastSquares(pruned.hidden_features, pruned.out_features, pruned.has_bias)
+
+
+def _add(
+    squares: LeastSquares, output: Tensor, pruned: PrunableMlp, inputs: Tensor, held_out: bool
+) -> None:
+    """``output`` ``[tokens, N]`` is the dense MLP's, ``inputs`` ``[tokens, N]`` are the pruned one's."""
+    if len(inputs):
+        hidden = pruned.hidden(inputs)
+        squares.add(hidden, output - pruned.output(hidden), output, held_out)
+
+
+def _save(fold: Fold, pruned: PrunableMlp, plan: _Plan, path: Path) -> None:
+    fc2 = pruned.module.fc2
+    refit = fold.applied(fc2.weight, fc2.bias)
+    tensors = {"weight": refit.weight.cpu().contiguous()}
+    if refit.bias is not None:
+        tensors["bias"] = refit.bias.cpu()
+    about = {
+        "ridge": fold.ridge,
+        "error_plain": fold.error_plain,
+        "error_refit": fold.error_refit,
+    }
+    origin = {"weights_sha256": plan.weights_sha256, "about": about}
+    with replaced(path) as partial:
+        save_file(tensors, partial, metadata={ORIGIN: json.dumps(origin)})
+
+
+def _about(path: Path, plan: _Plan) -> dict[str, float] | None:
+    """Ridge and errors of the refit, or None where there is no readable one of these weights."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            origin = json.loads(file.metadata()[ORIGIN])
+    except Exception:  # noqa: BLE001 - safetensors raises its own and OSError; all mean "make it anew"
+        return None
+    about: dict[str, float] = origin["about"]
+    return about if origin["weights_sha256"] == plan.weights_sha256 else None
+
+
+def _load(path: Path) -> Refit:
+    tensors = load_file(path)
+    return Refit(tensors["weight"], tensors.get("bias"))

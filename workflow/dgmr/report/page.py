@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from dgmr.files import replaced, replaced_folder, write_json
-from dgmr.report import metrics
+from dgmr.report import card, metrics
 from dgmr.report.metrics import PRUNED, STUDENT, TEACHER, Results, Row
 
 METRICS, CURVES, PAGE = "metrics.json", "curves.json", "report.html"
@@ -61,8 +61,8 @@ _SPARK_WIDTH, _SPARK_HEIGHT = 120, 24
 def report(results: Path, stages: list[str], params: dict[str, Any], output: Path) -> None:
     """Write what the files in ``results`` say of the chain to ``output``.
 
-    ``metrics.json``, ``curves.json``, ``student/`` (the last stage's artefact) and, last,
-    ``report.html``. ``params`` are the resolved ones, for the page.
+    ``metrics.json``, ``curves.json``, ``student/`` (the last stage's artefact, with a model card)
+    and, last, ``report.html``. ``params`` are the resolved ones, for card and page.
 
     Raises:
         DgmrError: a file is missing, or is about other weights than those that are there.
@@ -79,6 +79,8 @@ def report(results: Path, stages: list[str], params: dict[str, Any], output: Pat
             copy_function=shutil.copyfile,
             dirs_exist_ok=True,
         )
+        text = card.render(found, params, _figures(found))
+        (partial / card.CARD).write_text(text, encoding="utf-8")
     page = render(found, flat, curves, params)
     with replaced(output / PAGE) as partial:
         partial.write_text(page, encoding="utf-8")
@@ -203,35 +205,52 @@ def _model_row(found: Results, model: str) -> Row:
     return {"name": model, "is_student": model == found.last_stage, "cells": cells}
 
 
+def _figures(found: Results) -> list[list[str]]:
+    """The table of the model card: titles, then teacher, pruned and student; no empty column."""
+    models = {TEACHER: TEACHER, PRUNED: PRUNED, STUDENT: found.last_stage}
+    rows = [
+        ["model", *(column.title for column in _COLUMNS)],
+        *(
+            [name, *(value for value, _ in _model_row(found, model)["cells"])]
+            for name, model in models.items()
+        ),
+    ]
+    columns = [column for column in zip(*rows, strict=True) if set(column[1:]) != {_DASH}]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
 def _block_row(name: str, block: Row) -> Row:
-    norms, kept = block["residual_norms"], block["kept"]
+    # For Gram-Schmidt, whose gains are squared, the residual norms. An MLP that keeps all may keep
+    # more than were ordered.
+    norms = [math.sqrt(max(gain, 0.0)) for gain in block["gains"]]
+    ordered = min(block["kept"], len(norms))
     return {
         "name": name,
         "before": block["hidden_features"],
-        "after": kept,
+        "after": block["kept"],
         "error_plain": block.get("error_plain"),
         "error_refit": block.get("error_refit"),
-        "at_cut": norms[kept - 1] / (norms[0] or 1.0),
-        "spark": _spark(norms, kept),
+        "at_cut": norms[ordered - 1] / (norms[0] or 1.0),
+        "spark": _spark(norms, ordered),
     }
 
 
 def _block_summary(blocks: list[Row]) -> Row:
-    """Hidden neurons of all MLPs before and after, and the median errors where fc2 was refitted."""
-    refitted = all("error_refit" in block for block in blocks)
+    """Hidden units of all MLPs before and after, and the median errors where fc2 was refitted."""
+    refitted = [block for block in blocks if "error_refit" in block]
     return {
         "before": sum(block["hidden_features"] for block in blocks),
         "after": sum(block["kept"] for block in blocks),
-        "refitted": refitted,
+        "refitted": bool(refitted),
         **{
-            name: statistics.median(block[name] for block in blocks) if refitted else None
+            name: statistics.median(block[name] for block in refitted) if refitted else None
             for name in ("error_plain", "error_refit")
         },
     }
 
 
 def _spark(norms: list[float], kept: int) -> dict[str, Any]:
-    """Outlines of the areas under the residual norms of kept and of dropped neurons, for SVG."""
+    """Outlines of the areas under the ``norms`` of kept and of dropped units, for SVG."""
     largest = max(norms) or 1.0
 
     def area(start: int, stop: int) -> str:
