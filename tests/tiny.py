@@ -187,7 +187,7 @@ def write_teacher(folder, model=None):
 
 
 def features_config(**changes):
-    calibrated = {"samples": 6, "tokens": 9}
+    calibrated = {"samples": 8, "tokens": 9}
     values = {"views": VIEWS, "calibration": calibrated, "dtype": "float32", "batch_size": 4}
     return Features.model_validate(values | changes)
 

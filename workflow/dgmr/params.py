@@ -181,7 +181,7 @@ class Calibration(Section):
     """Inputs of every MLP, kept for the closed-form compensation."""
 
     samples: Annotated[int, Field(ge=1)] = 2048
-    """Training images, seen by the teacher without augmentation."""
+    """Training images, seen by the teacher without augmentation; every eighth is held out."""
     tokens: Annotated[int, Field(ge=1)] = 64
     """Tokens kept of each image, drawn at random; all where there are no more."""
     seed: int = 0
@@ -368,6 +368,15 @@ class Params(Section):
     distill: Distill
     evaluate: Evaluate = Evaluate()
     mlflow: Mlflow = Mlflow()
+
+    @model_validator(mode="after")
+    def _enough_to_hold_out(self) -> Self:
+        if self.prune.compensate == "least_squares" and self.features.calibration.samples < 8:
+            raise ValueError(
+                "features.calibration.samples must be at least 8 for prune.compensate: least_squares,"
+                f" which holds every eighth out ({self.features.calibration.samples} given)"
+            )
+        return self
 
 
 def validate(values: dict[str, Any], source: str = "params.yaml") -> Params:

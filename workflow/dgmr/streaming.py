@@ -1,6 +1,6 @@
 """Models larger than memory, and passes through a model that keep in step."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,11 +28,20 @@ def streamed(folder: Path, device: torch.device) -> TimmModel:
     blocks = dict.fromkeys(name.rpartition(".")[0] for name in mlps(model))
     loaded: list[nn.Module] = []
 
+    # The memory of the block that was dropped last: given back and asked for again, it would pile up.
+    spare: dict[torch.Size, list[Tensor]] = {}
+
+    def place(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.to(device)
+        free = spare.get(tensor.shape)
+        room = free.pop() if free else torch.empty(tensor.shape, device=device)
+        return room.copy_(tensor)
+
     def load(module: nn.Module, prefix: str, names: Iterable[str]) -> None:
-        found = {
-            name.removeprefix(prefix): _float32(tensor).to(device)
-            for name, tensor in weights.tensors(file, names)
-        }
+        tensors = weights.tensors(file, names)
+        found = {name.removeprefix(prefix): place(tensor) for name, tensor in tensors}
+        spare.clear()
         module.load_state_dict(found, strict=False, assign=True)
         _make_buffers(module, device)
 
@@ -44,7 +53,8 @@ def streamed(folder: Path, device: torch.device) -> TimmModel:
             if block in loaded:
                 return
             if len(loaded) == _BLOCKS_AT_ONCE:
-                _drop(loaded.pop(0))
+                for parameter in _dropped(loaded.pop(0)):
+                    spare.setdefault(parameter.shape, []).append(parameter)
             load(block, prefix, names)
             loaded.append(block)
 
@@ -88,10 +98,6 @@ def in_step(model: TimmModel, batches: Iterable[Tensor], answer: Answer) -> None
             del mlp.module.forward
 
 
-def _float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
-
-
 def _make_buffers(module: nn.Module, device: torch.device) -> None:
     """Buffers that are in no file, such as tables of rotary embeddings, where their modules are loaded."""
     for owner in module.modules():
@@ -104,8 +110,10 @@ def _make_buffers(module: nn.Module, device: torch.device) -> None:
             owner.init_non_persistent_buffers()  # type: ignore[operator]
 
 
-def _drop(block: nn.Module) -> None:
+def _dropped(block: nn.Module) -> Iterator[Tensor]:
+    """Move the block's parameters to the meta device; what they held."""
     for module in block.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+                yield parameter.data

@@ -41,6 +41,7 @@ def assemble(
     def pruned(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         return pruned_tensors(tensors, found, kept, refits)
 
+    how = ("sequential" if config.sequential else "least_squares") if refits else "none"
     file = teacher / artefact.WEIGHTS
     layout = weights.layout(file)
     blocks = {
@@ -59,7 +60,7 @@ def assemble(
             "stage": "prune",
             "parent_sha256": parent["sha256"],
             "method": config.method,
-            "compensate": "sequential" if config.sequential else config.compensate,
+            "compensate": how,
             "widths": widths,
         },
         {METRICS: blocks},

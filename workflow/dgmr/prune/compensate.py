@@ -8,6 +8,7 @@ fold to zero, that is, to plain slicing with the lost mean added to the bias. Ki
 t: tokens, k: kept hidden units, N: outputs of the MLP.
 """
 
+import copy
 import math
 from typing import NamedTuple
 
@@ -126,7 +127,7 @@ class LeastSquares:
         The errors are those of a fold that has not seen the held-out tokens.
 
         Raises:
-            ValueError: no tokens were added, or none were held out.
+            ValueError: no tokens were added, none were held out, or they hold NaN or infinity.
         """
         if 0 in (self._fit.count, self._held_out.count):
             raise ValueError(
@@ -138,8 +139,10 @@ class LeastSquares:
             tried_error = self._held_out.error(*self._fit.solve(tried, self._bias))
             if tried_error < error:
                 best, error = tried, tried_error
+        if not math.isfinite(error):
+            raise ValueError("the calibration activations hold NaN or infinity")
         zero = torch.zeros_like(self._fit.cross), torch.zeros_like(self._fit.lost)
         plain = self._held_out.error(*zero)
-        together = self._fit
+        together = copy.copy(self._fit)
         together += self._held_out
         return Fold(*together.solve(best, self._bias), best, plain, error)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dgmr import artefact
+from dgmr.errors import DgmrError
 from dgmr.files import ORIGIN, replaced, write_json
 from dgmr.fingerprint import key
 from dgmr.images import calibration_images, some_tokens
@@ -35,6 +36,16 @@ class _Plan(NamedTuple):
     """On the meta device."""
     kept: dict[str, Tensor]
     """By MLP, of those that lose hidden units."""
+    config: Prune
+
+    def origin(self, name: str) -> dict[str, Any]:
+        """What an MLP's refit depends on, but for the calibration images."""
+        return {
+            "weights_sha256": self.weights_sha256,
+            "kept": key(self.kept[name].tolist()),
+            "ridge": self.config.ridge,
+            "sequential": self.config.sequential,
+        }
 
 
 @torch.inference_mode()
@@ -55,15 +66,15 @@ def compute(
         if name not in plan.kept:
             continue
         path = output / f"{name}.safetensors"
-        if _about(path, plan) is None:
+        if _about(path, plan.origin(name)) is None:
             block = Block(teacher, name, plan.found[name], manifest)
             dense = block.mlp()
             pruned = dense.pruned(plan.kept[name])
             squares = _squares(pruned)
             for inputs, held_out in block.inputs():
                 _add(squares, dense.module(inputs), pruned, inputs, held_out)
-            _save(squares.solve(config.ridge), pruned, plan, path)
-        report[name] = _about(path, plan)
+            _save(_solved(squares, name, config), pruned, plan.origin(name), path)
+        report[name] = _about(path, plan.origin(name))
     write_json(output / f"part-{part}-of-{config.parts}.json", report)
 
 
@@ -93,7 +104,7 @@ def compute_sequential(
             return said + [dense.module(value) for value in own]
         pruned = dense.pruned(plan.kept[name])
         path = output / f"{name}.safetensors"
-        if _about(path, plan) is None:
+        if _about(path, plan.origin(name)) is None:
             squares = _squares(pruned)
             # Each block draws for itself, so that a run that goes on draws what a whole one does.
             seed = int(key(features.calibration.seed, name), 16)
@@ -108,12 +119,12 @@ def compute_sequential(
                     tokens = joined[of_held_out == held_out].flatten(0, 1)
                     wanted, given = tokens.split([dense.out_features, dense.in_features], 1)
                     _add(squares, wanted, pruned, given, held_out)
-            _save(squares.solve(config.ridge), pruned, plan, path)
+            _save(_solved(squares, name, config), pruned, plan.origin(name), path)
         refit = _load(path)
         pruned.module.fc2.load_state_dict(
             {part: value for part, value in refit._asdict().items() if value is not None}
         )
-        report[name] = _about(path, plan)
+        report[name] = _about(path, plan.origin(name))
         return said + [pruned.module(value) for value in own]
 
     with progress("sequential refits", len(plan.found)) as advance:
@@ -141,7 +152,7 @@ def _planned(teacher: Path, orders: Path, config: Prune) -> _Plan:
     weights_sha256 = artefact.provenance(teacher)["sha256"]
     skeleton = artefact.skeleton(teacher)
     order_of = block_orders.load(orders, weights_sha256)
-    return _Plan(weights_sha256, mlps(skeleton), widths.kept(skeleton, config, order_of))
+    return _Plan(weights_sha256, mlps(skeleton), widths.kept(skeleton, config, order_of), config)
 
 
 def _squares(pruned: PrunableMlp) -> LeastSquares:
@@ -157,7 +168,14 @@ def _add(
         squares.add(hidden, output - pruned.output(hidden), output, held_out)
 
 
-def _save(fold: Fold, pruned: PrunableMlp, plan: _Plan, path: Path) -> None:
+def _solved(squares: LeastSquares, name: str, config: Prune) -> Fold:
+    try:
+        return squares.solve(config.ridge)
+    except ValueError as error:
+        raise DgmrError(f"features.calibration: {name}: {error}") from None
+
+
+def _save(fold: Fold, pruned: PrunableMlp, origin: dict[str, Any], path: Path) -> None:
     fc2 = pruned.module.fc2
     refit = fold.applied(fc2.weight, fc2.bias)
     tensors = {"weight": refit.weight.cpu().contiguous()}
@@ -168,20 +186,20 @@ def _save(fold: Fold, pruned: PrunableMlp, plan: _Plan, path: Path) -> None:
         "error_plain": fold.error_plain,
         "error_refit": fold.error_refit,
     }
-    origin = {"weights_sha256": plan.weights_sha256, "about": about}
+    metadata = {ORIGIN: json.dumps(origin | {"about": about})}
     with replaced(path) as partial:
-        save_file(tensors, partial, metadata={ORIGIN: json.dumps(origin)})
+        save_file(tensors, partial, metadata=metadata)
 
 
-def _about(path: Path, plan: _Plan) -> dict[str, float] | None:
-    """Ridge and errors of the refit, or None where there is no readable one of these weights."""
+def _about(path: Path, origin: dict[str, Any]) -> dict[str, float] | None:
+    """Ridge and errors of the refit, or None where there is no readable one of this ``origin``."""
     try:
         with safe_open(path, framework="pt") as file:
-            origin = json.loads(file.metadata()[ORIGIN])
+            found = json.loads(file.metadata()[ORIGIN])
     except Exception:  # noqa: BLE001 - safetensors raises its own and OSError; all mean "make it anew"
         return None
-    about: dict[str, float] = origin["about"]
-    return about if origin["weights_sha256"] == plan.weights_sha256 else None
+    about: dict[str, float] = found.pop("about")
+    return about if found == origin else None
 
 
 def _load(path: Path) -> Refit:

@@ -89,8 +89,8 @@ def _check_names(given: Mapping[str, int], prunable: Mapping[str, PrunableMlp]) 
     for name in given:
         if name not in prunable:
             raise DgmrError(
-                f"prune.hidden_features: the teacher has no MLP {name}; it has"
-                f" {', '.join(list(prunable)[:3])}, ... {list(prunable)[-1]}."
+                f"prune.hidden_features: the teacher has no MLP {name} to be pruned; it has"
+                f" {', '.join(prunable)}."
             )
 
 
