@@ -45,18 +45,27 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="where to write the result as JSON, too")
     options = parser.parse_args()
-    rows = measure(SMALL if options.small else SIZES, options.repeats)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "repeats": options.repeats,
-        "rows": rows,
-    }
-    Console(width=120).print(_table(rows))
+    result = about(measure(SMALL if options.small else SIZES, options.repeats), options.repeats)
+    show(result["rows"])
     if options.output:
         write_json(options.output, result)
     print(json.dumps(result))
+
+
+def about(rows: list[dict[str, Any]], repeats: int) -> dict[str, Any]:
+    """The rows, and where they were measured."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "repeats": repeats,
+        "rows": rows,
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
+    Console(width=120).print(_table(rows))
 
 
 def measure(sizes: Sequence[tuple[int, int]], repeats: int) -> list[dict[str, Any]]:

@@ -96,7 +96,8 @@ def measure(
     whose Gram matrix is made of ``tokens``.
     """
     dgmr = ("-m", "dgmr")
-    with TemporaryDirectory(dir=".") as name:
+    Path("work").mkdir(exist_ok=True)
+    with TemporaryDirectory(dir="work") as name:
         folder = Path(name)
         checkpoint, teacher = folder / "checkpoint", folder / "teacher"
         steps = {"import torch and timm": run("-c", "import timm, torch")}

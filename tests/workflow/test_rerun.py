@@ -1,5 +1,6 @@
 """What a change reruns: exactly the jobs that depend on it, and no other."""
 
+import json
 import os
 import shutil
 from collections import Counter
@@ -49,7 +50,7 @@ CASES = {
     "nothing": (lambda place: None, Counter()),
     "params.yaml touched": (touch("params.yaml"), Counter()),
     "params.yaml: comment and empty lines": (append("\n\n# a comment\n", "params.yaml"), Counter()),
-    "params.yaml: a default written out": (set_params(prune__ridge=1e-4), Counter()),
+    "params.yaml: a default written out": (set_params(prune__round_to=1), Counter()),
     "last stage's lr": (
         set_params(distill__stages__all__lr=5e-4),
         evaluated(1) + Counter(distill_stage=1),
@@ -63,6 +64,18 @@ CASES = {
     "prune.max_ratio": (
         set_params(prune__max_ratio=3.0),
         CHECKED + REFITTED + Counter(order_blocks=2),
+    ),
+    "prune.method: output_gram_schmidt": (
+        set_params(prune__method="output_gram_schmidt"),
+        CHECKED + REFITTED + Counter(order_blocks=2),
+    ),
+    "prune.method: taylor": (
+        set_params(prune__method="taylor"),
+        CHECKED + REFITTED + Counter(order_blocks=2, saliency=1),
+    ),
+    "prune.sequential": (
+        set_params(prune__sequential=True),
+        CHECKED + PRUNED + Counter(refit_blocks=1),
     ),
     # Other jobs list the same blocks, whose files are there already.
     "prune.parts": (
@@ -151,6 +164,27 @@ def test_ratio_there_and_back_is_served_from_stored_orders(finished_copy):
     assert [path.stat().st_mtime_ns for path in order_files] == stored
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "taylor", "sequential": True, "ratio": None, "budget": 0.6},
+        {"method": "output_gram_schmidt", "ratio": None, "keep": 0.3, "ridge": 0.01},
+    ],
+    ids=lambda changes: changes["method"],
+)
+def test_other_ways_to_prune_run_through_the_rules(finished_copy, changes):
+    place = finished_copy.edit(
+        mlflow__tracking_uri=None, **{f"prune__{name}": value for name, value in changes.items()}
+    )
+    place.finish("check", "prune")
+    about = json.loads((place / "results/prune/provenance.json").read_text())
+    assert about["method"] == changes["method"]
+    assert about["compensate"] == ("sequential" if changes.get("sequential") else "least_squares")
+    blocks = json.loads((place / "results/prune/blocks.json").read_text())
+    assert all(block["error_refit"] < block["error_plain"] for block in blocks.values())
+    assert not place.planned("check", "prune")
+
+
 @pytest.fixture(scope="module")
 def other_code(finished, repository, tmp_path_factory):
     """The finished chain, to be run by a copy of the workflow that may be edited."""
@@ -181,4 +215,4 @@ def test_code_reruns_the_stages_that_use_it(other_code):
 
     append("\n\n_unused = 1\n", "prune/compensate.py")(package)
     of_earlier_rooms = Counter(track=3)
-    assert other_code.planned() == CHECKED + REFITTED - of_earlier_rooms
+    assert other_code.planned() == REFITTED - of_earlier_rooms

@@ -78,7 +78,8 @@ class PrunableMlp:
         ``[M, 2N]`` (gate, value). ``tensors`` are the MLP's by name; only those weights are looked at.
         """
         weights = [tensors[f"{layer}.weight"] for layer in self._first_layers]
-        return torch.cat([rows for w in weights for rows in w.split(self.hidden_features)], dim=1)
+        parts = [rows for w in weights for rows in w.split(self.hidden_features)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     @property
     def vector_tensors(self) -> list[str]:

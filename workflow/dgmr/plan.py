@@ -20,8 +20,9 @@ from dgmr.check import teacher_skeleton
 from dgmr.mlps import PrunableMlp, mlps, recorded_mlp_inputs
 from dgmr.models import TimmModel, flops_by_module, input_size, outputs
 from dgmr.params import Data, Params, Prune, Stage, Teacher
+from dgmr.prune.block import TOKENS_AT_ONCE
 from dgmr.prune.model import build
-from dgmr.prune.widths import resolve
+from dgmr.prune.widths import reach, resolve
 
 # What each component is, where its name does not say it.
 COMPONENTS = {
@@ -32,7 +33,7 @@ COMPONENTS = {
     "classifier": "of a CLIP tower, its projection",
     "other": "norms, class token, position embedding, downsampling",
 }
-_FLOAT32 = 4
+_FLOAT32, _FLOAT64 = 4, 8
 
 # Of the shards that the demo makes: tars and Parquets of 20,000 training images with their URLs and
 # captions, and of the 10,000 test images.
@@ -297,6 +298,7 @@ def _memory(config: Params, teacher: TimmModel, student: TimmModel) -> dict[str,
             f"the teacher's two largest blocks and what lies outside blocks, a batch of {batch}",
         ),
     }
+    sizes |= _prune_memory(config, teacher, dense, kept, tokens)
     for name, stage in config.distill.stages.items():
         sizes[f"distill_stage {name}"] = Size(
             _training_bytes(stage, student, kept, tokens),
@@ -308,6 +310,61 @@ def _memory(config: Params, teacher: TimmModel, student: TimmModel) -> dict[str,
         weights + _count(student) * _FLOAT32 + batch * passing,
         f"the teacher and a student, a batch of {batch}",
     )
+    return sizes
+
+
+def _prune_memory(
+    config: Params,
+    teacher: TimmModel,
+    dense: Mapping[str, PrunableMlp],
+    kept: Mapping[str, PrunableMlp],
+    tokens: Mapping[str, int],
+) -> dict[str, Size]:
+    """Of the jobs that work on one block at a time: of its largest block, M x N."""
+
+    def block(mlp: PrunableMlp) -> int:
+        return mlp.hidden_features * mlp.unit_parameters * _FLOAT32
+
+    def order(mlp: PrunableMlp) -> int:
+        units, width = mlp.hidden_features, reach(mlp, config.prune.max_ratio)
+        if config.prune.needs_calibration:
+            hidden = 2 * TOKENS_AT_ONCE * units * _FLOAT32
+            if config.prune.method == "active_energy":
+                return block(mlp) + hidden
+            return block(mlp) + hidden + _FLOAT64 * units * (units + 3 * mlp.out_features + width)
+        # Rows in float64, and their products with as many directions.
+        return 2 * _FLOAT64 * mlp.hidden_features * (1 + _is_gated(mlp)) * mlp.in_features
+
+    def refit(name: str) -> int:
+        units, k = dense[name].hidden_features, kept[name].hidden_features
+        moments = 5 * _FLOAT64 * k * (k + dense[name].out_features)
+        return (
+            block(dense[name]) + block(kept[name]) + moments + 2 * TOKENS_AT_ONCE * units * _FLOAT32
+        )
+
+    sizes = {}
+    if config.prune.method == "taylor":
+        batch = config.features.batch_size
+        sizes["saliency"] = Size(
+            (_count(teacher) + batch * _saved(dense, tokens)) * _FLOAT32,
+            f"the teacher, a batch of {batch} with what the backward pass needs",
+        )
+    sizes["order_blocks"] = Size(
+        max(map(order, dense.values())), f"the largest block, by {config.prune.method}"
+    )
+    if config.prune.sequential:
+        images = min(config.features.calibration.samples, config.data.n_samples)
+        states = max(tokens[name] * mlp.in_features for name, mlp in dense.items())
+        pixels = math.prod(input_size(teacher))
+        sizes["refit_blocks"] = Size(
+            max(map(refit, dense)) + images * (4 * states + pixels) * _FLOAT32,
+            f"a block's, and {images:,} images on their way through teacher and student",
+        )
+    elif config.prune.compensate == "least_squares":
+        sizes["refit_blocks"] = Size(
+            max(map(refit, dense)),
+            "the largest block, dense and pruned, and the regression's moments",
+        )
     return sizes
 
 
@@ -323,15 +380,7 @@ def _inference_bytes(found: Mapping[str, PrunableMlp], tokens: Mapping[str, int]
 def _training_bytes(
     stage: Stage, student: TimmModel, kept: Mapping[str, PrunableMlp], tokens: Mapping[str, int]
 ) -> int:
-    """Of a token, a block keeps for the backward pass 8 N numbers (inputs of both norms, of qkv, of
-    the MLP and of the projection; q, k, v) and 2 M (before and after the activation; gated: 4 M).
-
-    In float32 that is 3 to 17% under what torch keeps of ViT, Swin and gated ViT with plain attention.
-    """
-    saved = sum(
-        tokens[name] * (8 * mlp.in_features + (2 + 2 * _is_gated(mlp)) * mlp.hidden_features)
-        for name, mlp in kept.items()
-    )
+    """Weights, gradients, the optimizer's moments, and what the backward pass needs of a batch."""
     learning = (
         sum(parameter.numel() for mlp in kept.values() for parameter in mlp.module.parameters())
         if stage.train == "mlp"
@@ -341,7 +390,19 @@ def _training_bytes(
     # Autocast keeps a copy of the weights in bfloat16.
     copy = 2 * _count(student) if half else 0
     state = (_count(student) + 3 * learning) * _FLOAT32
-    return state + copy + stage.batch_size * saved * (2 if half else _FLOAT32)
+    saved = stage.batch_size * _saved(kept, tokens)
+    return state + copy + saved * (2 if half else _FLOAT32)
+
+
+def _saved(found: Mapping[str, PrunableMlp], tokens: Mapping[str, int]) -> int:
+    """Numbers kept of an image for the backward pass: of a token and block, 8 N (inputs of both norms,
+    of qkv, of the MLP and of the projection; q, k, v) and 2 M (before and after the activation; gated:
+    4 M). 3 to 17% under what torch keeps of ViT, Swin and gated ViT with plain attention.
+    """
+    return sum(
+        tokens[name] * (8 * mlp.in_features + (2 + 2 * _is_gated(mlp)) * mlp.hidden_features)
+        for name, mlp in found.items()
+    )
 
 
 def _is_gated(mlp: PrunableMlp) -> bool:

@@ -13,7 +13,7 @@ from dgmr import artefact, weights
 from dgmr.mlps import PrunableMlp
 from dgmr.targets import Manifest
 
-_TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 4096
 # Every eighth image is held out, wherever something is chosen by its error.
 _HELD_OUT = 8
 
@@ -59,7 +59,7 @@ class Block:
                 tokens = min(tokens, max(most // images, 1))
                 images = min(images, most)
             places = torch.arange(tokens) * all_tokens // tokens
-            at_once = max(_TOKENS_AT_ONCE // all_tokens, 1)
+            at_once = max(TOKENS_AT_ONCE // all_tokens, 1)
             for start in range(0, images, at_once):
                 piece: Tensor = stored[start : min(start + at_once, images)][:, places]
                 for held_out in (False, True):
