@@ -12,18 +12,22 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
 from dgmr import artefact
 from dgmr.features import calibration
 from dgmr.features.publish import publish
 from dgmr.files import write_json
+from dgmr.mlps import mlps
 from dgmr.models import evaluation_transform, outputs_and_logits
 from dgmr.params import Features, Prune, Teacher
-from dgmr.prune import orders, refits, saliency
+from dgmr.prune import greedy, orders, refits, saliency
 from dgmr.prune.assemble import assemble
-from dgmr.prune.methods import METHODS
+from dgmr.prune.block import Block
+from dgmr.prune.methods import METHODS, Request
 from dgmr.shards import ShardedImages
+from dgmr.targets import Manifest
 from dgmr.teacher.convert import convert
 from rich.console import Console
 from rich.progress import track
@@ -34,6 +38,7 @@ DATA = Path("results/data")
 RATIOS = (2.0, 1.0, 0.5, 0.25, 0.125)
 COMPENSATIONS = ("none", "least_squares", "sequential")
 CALIBRATION_IMAGES = (64, 256, 1024, 2048, 8192)
+GRAM_TOKENS = (1024, 4096, 16384, None)
 
 
 class Bench:
@@ -69,13 +74,13 @@ class Bench:
         features = [torch.cat(parts) for parts in zip(*(said for said, _ in answers), strict=True)]
         return features, 100 * (logits.argmax(1) == self.labels).double().mean().item()
 
-    def order(self, method: str, features: "Calibrated") -> Path:
+    def order(self, method: str, features: "Calibrated", tokens: int | None = 32768) -> Path:
         """The orders of all blocks by ``method``, reaching as far as the largest ratio."""
-        folder = features.folder / method
+        folder = features.folder / f"{method}-{tokens}"
         scores = features.folder / "saliency"
         if method == "taylor":
             saliency.compute(self.teacher, DATA, features.config, 0, scores)
-        config = Prune(method=method, ratio=max(RATIOS))
+        config = Prune(method=method, ratio=max(RATIOS), tokens=tokens)
         orders.compute(self.teacher, config, 0, folder, features.folder / "room", scores)
         return folder
 
@@ -108,6 +113,19 @@ class Bench:
             "top1": top1,
             "block_errors": [block.get("error_refit") for block in blocks.values()],
         }
+
+    def in_blocks(self, method: str) -> float:
+        """The least variance that picking in blocks explains over picking one by one, by any width."""
+        least = 1.0
+        manifest = Manifest(self.features.folder / "room")
+        for name, mlp in mlps(artefact.skeleton(self.teacher)).items():
+            block = Block(self.teacher, name, mlp, manifest)
+            request = Request(int(max(RATIOS) * mlp.in_features))
+            blocked = METHODS[method](block, request).gains.cumsum(0)
+            with patch.multiple(greedy, POOL=mlp.hidden_features, BLOCK=mlp.hidden_features):
+                exact = METHODS[method](block, request).gains.cumsum(0)
+            least = min(least, float((blocked / exact).min()))
+        return least
 
 
 class Calibrated:
@@ -144,12 +162,22 @@ def measure(
                     bench.pruned(method, ratio, "least_squares", features, order)
                     for ratio in (1.0, 0.25)
                 ]
+        sampled = []
+        for tokens in GRAM_TOKENS if sweep else ():
+            order = bench.order("output_gram_schmidt", bench.features, tokens)
+            for ratio in (1.0, 0.25):
+                row = bench.pruned(
+                    "output_gram_schmidt", ratio, "least_squares", bench.features, order
+                )
+                sampled.append(row | {"tokens": tokens})
         return {
             "calibration_images": images,
             "evaluation_images": evaluated,
             "teacher_top1": bench.teacher_top1,
             "rows": rows,
             "calibration_sweep": swept,
+            "token_sweep": sampled,
+            "explained_in_blocks": bench.in_blocks("output_gram_schmidt"),
         }
 
 
@@ -181,6 +209,14 @@ def show(found: dict) -> None:
             f"{row['images']:5} images, {row['method']}, r={row['ratio']}:"
             f" {row['feature_mse']:.4f} / {row['top1']:.1f}"
         )
+    for row in found["token_sweep"]:
+        console.print(
+            f"{row['tokens']} tokens for the Gram matrix, r={row['ratio']}:"
+            f" {row['feature_mse']:.4f} / {row['top1']:.1f}"
+        )
+    console.print(
+        f"picked in blocks: {found['explained_in_blocks']:.5f} of the variance one by one"
+    )
     console.print(f"teacher top-1 {found['teacher_top1']:.2f}")
 
 

@@ -11,7 +11,8 @@ from dgmr.distill.pairs import PairOrder, Pairs
 from dgmr.distill.trainer import train
 from dgmr.errors import DgmrError
 from dgmr.files import read_json
-from dgmr.models import mlps, outputs
+from dgmr.mlps import mlps
+from dgmr.models import outputs
 from dgmr.params import Stage
 from dgmr.prune import prune_model
 
@@ -234,7 +235,7 @@ def test_other_families_train(tmp_path, data, family):
     expected = {
         f"{name}.{key}"
         for name, mlp in mlps(artefact.load(tmp_path / "some")).items()
-        for key, _ in mlp.named_parameters()
+        for key, _ in mlp.module.named_parameters()
     }
     assert changed(before, after) == expected
 

@@ -106,7 +106,7 @@ def assert_greedy(activations, fc2, found, tolerance=ROUNDING):
 
 @pytest.mark.parametrize(("block", "width"), [(1, 11), (5, 24)])
 def test_picks_are_those_of_the_plain_loop(monkeypatch, block, width):
-    monkeypatch.setattr(greedy, "_BLOCK", block)
+    monkeypatch.setattr(greedy, "BLOCK", block)
     for case in CASES:
         activations, fc2 = problem(*case)
         found = select(activations, fc2, width)
@@ -126,8 +126,8 @@ def test_cases_have_several_rounds_and_units_of_no_use():
 
 @pytest.mark.parametrize("pool", [1, 6])
 def test_gram_schmidt_is_exact_with_a_pool_of_some_units(monkeypatch, pool):
-    monkeypatch.setattr(greedy, "_POOL", pool)
-    monkeypatch.setattr(greedy, "_BLOCK", 4)
+    monkeypatch.setattr(greedy, "POOL", pool)
+    monkeypatch.setattr(greedy, "BLOCK", 4)
     for kind, seed, _ in CASES[::4]:
         activations, _ = problem(kind, seed, None)
         assert_greedy(activations, None, select(activations, None, 24))
@@ -135,8 +135,8 @@ def test_gram_schmidt_is_exact_with_a_pool_of_some_units(monkeypatch, pool):
 
 @pytest.mark.parametrize("pool", [6])
 def test_least_squares_with_a_pool_of_some_units_is_an_order(monkeypatch, pool):
-    monkeypatch.setattr(greedy, "_POOL", pool)
-    monkeypatch.setattr(greedy, "_BLOCK", 4)
+    monkeypatch.setattr(greedy, "POOL", pool)
+    monkeypatch.setattr(greedy, "BLOCK", 4)
     for kind, seed, outputs in CASES:
         if outputs:
             activations, fc2 = problem(kind, seed, outputs)
@@ -164,7 +164,7 @@ def correlated(seed, units=600):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_large_gram_schmidt_is_exact(seed):
     activations, _ = correlated(seed)
-    assert activations.shape[1] > greedy._POOL
+    assert activations.shape[1] > greedy.POOL
     assert_greedy(activations, None, select(activations, None, 200))
 
 
@@ -172,7 +172,7 @@ def test_large_gram_schmidt_is_exact(seed):
 def test_large_least_squares_loses_under_a_hundredth_to_the_exact_one(monkeypatch, seed):
     activations, fc2 = correlated(seed)
     found = select(activations, fc2, 300)
-    monkeypatch.setattr(greedy, "_POOL", 600)
+    monkeypatch.setattr(greedy, "POOL", 600)
     exact = select(activations, fc2, 300)
     assert_greedy(
         activations, fc2, exact._replace(indices=exact.indices[:40], gains=exact.gains[:40])

@@ -73,7 +73,10 @@ def test_widths_are_what_the_knobs_say(family, knobs, expected):
         ),
         ({"ratio": 4.5, "max_ratio": 5.0}, "would keep 144 hidden units, but it has 128"),
         ({"keep": 0.001}, "blocks.0.mlp would keep 0 hidden units"),
-        ({"hidden_features": {"blocks.7.mlp": 3}}, "no MLP blocks.7.mlp; it has blocks.0.mlp"),
+        (
+            {"hidden_features": {"blocks.7.mlp": 3}},
+            "no MLP blocks.7.mlp to be pruned; it has blocks.0.mlp",
+        ),
         ({"hidden_features": {"blocks.1.mlp": 200}}, "blocks.1.mlp would keep 200 hidden units"),
         ({"keep": 0.6}, "would keep 76 .*max_ratio 2 orders only 64: raise it to at least 2.375"),
         ({"ratio": 1.9, "round_to": 50}, "would keep 100 .*orders only 64: .* at least 3.125"),

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from dgmr import artefact, fashion_mnist
-from dgmr.models import widths
+from dgmr.mlps import widths
 from dgmr.teacher import demo
 
 RECIPE = demo.Recipe(epochs=1, warmup_epochs=0.5, batch_size=64)

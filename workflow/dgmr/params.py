@@ -215,7 +215,7 @@ class Ordering(Section):
     seed: int = 0
     """Of the methods ``random`` and ``taylor``."""
     tokens: Annotated[int, Field(ge=1)] | None = 32768
-    """Calibration tokens that a method looks at, spread evenly over the images; null: all."""
+    """Calibration tokens that a method looks at, drawn at random from all; null: all."""
     max_ratio: Annotated[float, Field(gt=0)] = 2.0
     """The orders reach this multiple of the embed dim; any width up to it is a slice of them."""
     parts: Annotated[int, Field(ge=1)] = 1

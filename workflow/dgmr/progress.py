@@ -13,8 +13,8 @@ _LINE_BAR = 20
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how far ``what`` has come, on standard error; call the given function with images done."""
+def progress(what: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
+    """Show how far ``what`` has come, on standard error; call the given function with units done."""
     started = time.monotonic()
     done = 0
 
@@ -26,32 +26,33 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:.0f} images/s"),
+            TextColumn("{task.fields[rate]:.3g} " + unit + "/s"),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(what, total=total, rate=0.0)
 
-            def advance(images: int) -> None:
+            def advance(units: int) -> None:
                 nonlocal done
-                done += images
-                bar.update(task, advance=images, rate=rate())
+                done += units
+                bar.update(task, advance=units, rate=rate())
 
             yield advance
         return
 
     printed = started
 
-    def advance_lines(images: int) -> None:
+    def advance_lines(units: int) -> None:
         nonlocal done, printed
-        done += images
+        done += units
         now = time.monotonic()
         if now - printed >= _LINE_EVERY_S or done >= total:
             printed = now
             left = (total - done) / max(rate(), 1e-9)
             filled = _LINE_BAR * done // max(total, 1)
             print(
-                f"{what} [{'#' * filled}{'.' * (_LINE_BAR - filled)}] {done}/{total} images, {rate():.0f} images/s, {left:.0f} s left",
+                f"{what} [{'#' * filled}{'.' * (_LINE_BAR - filled)}] {done}/{total} {unit},"
+                f" {rate():.3g} {unit}/s, {left:.0f} s left",
                 file=sys.stderr,
                 flush=True,
             )

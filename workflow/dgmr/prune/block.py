@@ -47,25 +47,27 @@ class Block:
     def inputs(self, most: int | None = None) -> Iterator[tuple[Tensor, bool]]:
         """Calibration inputs ``[tokens, N]``, piece by piece, and whether their images are held out.
 
-        At most ``most`` tokens, spread evenly over the images and over the tokens of each: they may
-        be stored in the image's order.
+        At most ``most`` tokens, drawn at random from all: in a grid over the image some places would
+        never be seen.
         """
         assert self.features is not None
         with safe_open(self.features.calibration(self.name), framework="pt") as file:
             stored = file.get_slice("inputs")
-            images, all_tokens, _ = stored.get_shape()
-            tokens = all_tokens
-            if most is not None:
-                tokens = min(tokens, max(most // images, 1))
-                images = min(images, most)
-            places = torch.arange(tokens) * all_tokens // tokens
-            at_once = max(TOKENS_AT_ONCE // all_tokens, 1)
+            images, tokens, _ = stored.get_shape()
+            drawn = torch.randperm(images * tokens, generator=torch.Generator().manual_seed(0))
+            taken = torch.zeros(images * tokens, dtype=torch.bool)
+            taken[drawn[:most]] = True
+            taken = taken.view(images, tokens)
+            at_once = max(TOKENS_AT_ONCE // tokens, 1)
             for start in range(0, images, at_once):
-                piece: Tensor = stored[start : min(start + at_once, images)][:, places]
-                for held_out in (False, True):
-                    chosen = held_out_images(start, len(piece)) == held_out
+                piece: Tensor = stored[start : min(start + at_once, images)]
+                held_out = held_out_images(start, len(piece))
+                for chosen_held_out in (False, True):
+                    chosen = (
+                        taken[start : start + len(piece)] & (held_out == chosen_held_out)[:, None]
+                    )
                     if chosen.any():
-                        yield piece[chosen].flatten(0, 1), held_out
+                        yield piece[chosen], chosen_held_out
 
     def saliency(self) -> Tensor:
         """``[M]``, as :mod:`dgmr.prune.saliency` computed it."""

@@ -26,8 +26,8 @@ from torch import Tensor
 # Of a unit's own variance. Less is left where rounding (of float32 activations) is as large.
 FLOOR = 1e-6
 _TINY = np.finfo(np.float64).tiny
-_POOL = 384
-_BLOCK = 64
+POOL = 384
+BLOCK = 64
 
 
 class Selection(NamedTuple):
@@ -82,7 +82,7 @@ class _Round:
         """Units taken and what each gained, at most as many as are wanted."""
         while len(self.taken) < self.factor.shape[1]:
             scores = self._scores()
-            pool = torch.sort(scores.topk(min(_POOL, len(scores))).indices).values
+            pool = torch.sort(scores.topk(min(POOL, len(scores))).indices).values
             pool = pool[scores[pool] >= 0]
             if len(pool) == 0:
                 break
@@ -98,7 +98,7 @@ class _Round:
         return torch.where(self.variances > self.floors, scores, -1.0)
 
     def _take_block(self, pool: Tensor, bound: float) -> None:
-        most = min(_BLOCK, self.factor.shape[1] - len(self.taken))
+        most = min(BLOCK, self.factor.shape[1] - len(self.taken))
         picks, columns = self._picks(pool, bound, most)
         k, chosen = len(self.taken), pool[picks]
         lower = torch.from_numpy(columns[picks]).to(self.gram)

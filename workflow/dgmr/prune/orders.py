@@ -14,6 +14,7 @@ from dgmr.errors import DgmrError
 from dgmr.files import ORIGIN, replaced, write_json
 from dgmr.mlps import mlps
 from dgmr.params import Ordering
+from dgmr.progress import progress
 from dgmr.prune.block import Block
 from dgmr.prune.methods import METHODS, Order, Request
 from dgmr.prune.widths import reach
@@ -32,9 +33,10 @@ def compute(
     """Order the MLPs ``part``, ``part + parts``, ... of the ``teacher`` artefact into ``output``.
 
     Writes ``<mlp>.safetensors`` with ``indices`` and ``gains`` up to ``max_ratio`` times the embed
-    dim, then ``part-<part>-of-<parts>.json``, which lists them and tells the seconds of selecting. A file that is there and was made of
-    the same weights in the same way stays. ``features`` is the features room, for methods that look
-    at calibration inputs; ``saliency`` the folder of scores, for ``taylor``.
+    dim, then ``part-<part>-of-<parts>.json``, which lists them and tells the seconds of selecting. A
+    file that is there and was made of the same weights in the same way stays. ``features`` is the
+    features room, for methods that look at calibration inputs; ``saliency`` the folder of scores, for
+    ``taylor``.
     """
     weights_sha256 = artefact.provenance(teacher)["sha256"]
     manifest = None if features is None else Manifest(features)
@@ -49,19 +51,20 @@ def compute(
         "tokens": str(config.tokens),
     }
     seconds = 0.0
-    for name, mlp in blocks:
-        path = output / f"{name}.safetensors"
-        if _origin(path) == origin:
-            continue
-        started = time.monotonic()
-        request = Request(reach(mlp, config.max_ratio), config.seed, config.tokens)
-        try:
-            order = METHODS[config.method](Block(teacher, name, mlp, manifest, saliency), request)
-        except ValueError as error:
-            raise DgmrError(f"{teacher / artefact.WEIGHTS}: {name}: {error}") from None
-        seconds += time.monotonic() - started
-        with replaced(path) as partial:
-            save_file(order._asdict(), partial, metadata={ORIGIN: json.dumps(origin)})
+    stale = [(n, mlp) for n, mlp in blocks if _origin(output / f"{n}.safetensors") != origin]
+    with progress("orders", len(stale), "MLPs") as advance:
+        for name, mlp in stale:
+            started = time.monotonic()
+            block = Block(teacher, name, mlp, manifest, saliency)
+            request = Request(reach(mlp, config.max_ratio), config.seed, config.tokens)
+            try:
+                order = METHODS[config.method](block, request)
+            except ValueError as error:
+                raise DgmrError(f"{teacher / artefact.WEIGHTS}: {name}: {error}") from None
+            seconds += time.monotonic() - started
+            with replaced(output / f"{name}.safetensors") as partial:
+                save_file(order._asdict(), partial, metadata={ORIGIN: json.dumps(origin)})
+            advance(1)
     listed = {"blocks": [name for name, _ in blocks], "origin": origin, "seconds": seconds}
     write_json(output / f"part-{part}-of-{config.parts}.json", listed)
 

@@ -62,19 +62,20 @@ def compute(
     manifest = Manifest(features)
     manifest.check_teacher(plan.weights_sha256)
     report: dict[str, Any] = {}
-    for name in list(plan.found)[part :: config.parts]:
-        if name not in plan.kept:
-            continue
-        path = output / f"{name}.safetensors"
-        if _about(path, plan.origin(name)) is None:
-            block = Block(teacher, name, plan.found[name], manifest)
-            dense = block.mlp()
-            pruned = dense.pruned(plan.kept[name])
-            squares = _squares(pruned)
-            for inputs, held_out in block.inputs():
-                _add(squares, dense.module(inputs), pruned, inputs, held_out)
-            _save(_solved(squares, name, config), pruned, plan.origin(name), path)
-        report[name] = _about(path, plan.origin(name))
+    names = [name for name in list(plan.found)[part :: config.parts] if name in plan.kept]
+    with progress("refits", len(names), "MLPs") as advance:
+        for name in names:
+            path = output / f"{name}.safetensors"
+            if _about(path, plan.origin(name)) is None:
+                block = Block(teacher, name, plan.found[name], manifest)
+                dense = block.mlp()
+                pruned = dense.pruned(plan.kept[name])
+                squares = _squares(pruned)
+                for inputs, held_out in block.inputs():
+                    _add(squares, dense.module(inputs), pruned, inputs, held_out)
+                _save(_solved(squares, name, config), pruned, plan.origin(name), path)
+            report[name] = _about(path, plan.origin(name))
+            advance(1)
     write_json(output / f"part-{part}-of-{config.parts}.json", report)
 
 
@@ -127,7 +128,7 @@ def compute_sequential(
         report[name] = _about(path, plan.origin(name))
         return said + [pruned.module(value) for value in own]
 
-    with progress("sequential refits", len(plan.found)) as advance:
+    with progress("sequential refits", len(plan.found), "MLPs") as advance:
         in_step(model, [*batches, *batches], answer)
     write_json(output / "part-0-of-1.json", report)
 
