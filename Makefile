@@ -11,8 +11,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-.PHONY: help install run test test-prune lint ui demo-teacher schema lock \
-  bench-recipe bench-prune bench-methods bench-minilm
+.PHONY: help install run test test-prune lint ui demo-teacher schema lock bench-recipe bench-prune bench-methods bench-minilm
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'

@@ -12,7 +12,7 @@ AT_PARSE_TIME = {
     "unknown key": (
         {"prune__magic": 1},
         [],
-        "params.yaml: unknown key prune.magic; allowed here: ratio, max_ratio, compensate,",
+        "params.yaml: unknown key prune.magic; allowed here: method, seed, tokens, max_ratio,",
     ),
     "misspelt key": (
         {"evaluate__batch_sise": 64},
@@ -91,7 +91,7 @@ IN_CHECK_JOB = {
     "ratio above the teacher's": (
         {"prune__ratio": 5.0, "prune__max_ratio": 6.0},
         None,
-        "dgmr: prune.ratio is 5.0, but the teacher's MLPs have at most 4 hidden neurons",
+        "dgmr: prune: blocks.0.mlp would keep 160 hidden units, but it has 128 (4 times its embed dim)",
     ),
     "missing column": (
         TABLE,

@@ -92,7 +92,7 @@ def test_refused_jobs_asked_for_what_their_rule_says(slurm):
             "--parsable --job-name RUN --output"
             f" WORK/logs/slurm/rule_order_blocks/{part}/%j.log --export=ALL"
             f" --comment rule_order_blocks_wildcards_{part}"
-            " -t 240 --mem 8000 --ntasks=1 --cpus-per-task=1 -D WORK"
+            " -t 240 --mem 4000 --ntasks=1 --cpus-per-task=1 -D WORK"
         )
         for part in range(2)
     }
