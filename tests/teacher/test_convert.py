@@ -7,9 +7,11 @@ import pytest
 import timm
 import tiny
 import torch
-from dgmr import artefact
+from dgmr import artefact, mlps
+from dgmr.check import teacher_skeleton
 from dgmr.errors import DgmrError
 from dgmr.params import Teacher
+from dgmr.prune import prune_model
 from dgmr.teacher.convert import convert
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
@@ -64,6 +66,23 @@ def test_local_folder_becomes_the_same_model(tmp_path, family):
     found = artefact.provenance(teacher)
     assert (found["stage"], found["source"]) == ("teacher", f"local-dir:{source}")
     assert found["checkpoint"] is None
+
+
+def test_a_student_of_uneven_widths_may_be_a_teacher_and_be_pruned_again(tmp_path):
+    widths = {"blocks.0.mlp": 40, "blocks.1.mlp": 96}
+    student = prune_model(tiny.vit(), hidden_features=widths)
+    tiny.write_teacher(tmp_path / "student", student)
+    teacher = Teacher(model=f"local-dir:{tmp_path / 'student'}")
+    convert(teacher, tmp_path / "teacher")
+    images = tiny.pixels()
+    assert torch.equal(artefact.load(tmp_path / "teacher")(images), student(images))
+    assert mlps.widths(teacher_skeleton(teacher)) == widths
+    for fewer in (
+        {"blocks.0.mlp": 8, "blocks.1.mlp": 90},
+        {"blocks.0.mlp": 32, "blocks.1.mlp": 32},
+    ):
+        again = prune_model(artefact.load(tmp_path / "teacher"), hidden_features=fewer)
+        assert mlps.widths(again) == fewer
 
 
 @pytest.mark.parametrize("beside_config", [True, False])

@@ -16,7 +16,7 @@ import functools
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -91,6 +91,11 @@ def provenance(folder: Path) -> dict[str, Any]:
 def _sha256(path: Path, _inode: int, _modified_ns: int) -> str:
     """Once per process: a large checkpoint takes seconds."""
     return sha256(path)
+
+
+def is_uneven(folder: Path | None) -> TypeGuard[Path]:
+    """Whether plain timm cannot build the folder's model, for its MLPs differ in width."""
+    return folder is not None and (folder / LOADER).is_file()
 
 
 def load(folder: Path) -> torch.nn.Module:

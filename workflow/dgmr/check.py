@@ -6,6 +6,7 @@ from typing import Any
 import timm
 import torch
 
+from dgmr import artefact
 from dgmr.checkpoint import teacher_files
 from dgmr.data import tables
 from dgmr.data.evaluation import count_classes
@@ -60,6 +61,8 @@ def teacher_skeleton(teacher: Teacher) -> TimmModel:
         DgmrError: there is no such model, no pretrained weights for it, or a file is missing.
     """
     teacher_files(teacher)
+    if artefact.is_uneven(teacher.folder):
+        return artefact.skeleton(teacher.folder)
     name = teacher.model
     if ":" not in name:
         if not timm.is_model(name):

@@ -118,8 +118,7 @@ def build(model: TimmModel, hidden_features: Mapping[str, int]) -> TimmModel:
             return like(model, mlp_ratio=mlp_ratio)
     student = like(model)
     index = {name: torch.zeros(width, dtype=torch.long) for name, width in hidden_features.items()}
-    with torch.device("meta"):
-        dense = like(model).state_dict().items()
+    dense = ((key, tensor.to("meta")) for key, tensor in model.state_dict().items())
     fit(student, {key: list(t.shape) for key, t in pruned_tensors(dense, found, index, {})})
     return student
 

@@ -35,7 +35,10 @@ def convert(teacher: Teacher, output: Path) -> None:
         mlps(model)
         artefact.save(output, model, origin)
         return
-    skeleton, to_native = _skeleton(teacher.model)
+    if artefact.is_uneven(teacher.folder):
+        skeleton, to_native = artefact.skeleton(teacher.folder), None
+    else:
+        skeleton, to_native = _skeleton(teacher.model)
     mlps(skeleton)
     found = _fitted(teacher, skeleton, to_native)
     artefact.save(output, skeleton, origin, weights=(found, found.items()))
