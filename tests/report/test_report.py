@@ -95,6 +95,7 @@ def results(tmp_path: Path) -> Path:
                 "gains": [(2.0 - i / 96) ** 2 for i in range(192)],
                 "error_plain": 0.4 + index,
                 "error_refit": 0.01 * (1 + index),
+                "ridge": 1e-4,
             }
             for index in range(3)
         },
@@ -236,7 +237,7 @@ def test_page_tells_the_outcome_in_numbers(results: Path) -> None:
     ) in seen
     assert "teacher 90.50 99.50 – – – 4.00 0.0800 100 pruned" in seen
     assert "Of 2,304 hidden units in 3 MLPs, 288 stay (12.5%)" in seen
-    assert "blocks.2.mlp 768 96 240.00 3.00 50.5" in seen
+    assert "blocks.2.mlp 768 96 240.00 3.00 1e-04 50.5" in seen
     assert "dropped: unsafe or unjudged 11,111 18.5%" in seen
     assert "passed, not drawn 38,882" in seen
     assert "broken image 100 1.0%" in seen
@@ -299,7 +300,7 @@ def test_without_refit_there_are_no_errors(results: Path) -> None:
     assert "Error refitted" in made(results)
     blocks = json.loads((results / "prune/blocks.json").read_text())
     for block in blocks.values():
-        del block["error_plain"], block["error_refit"]
+        del block["error_plain"], block["error_refit"], block["ridge"]
     write(results / "prune/blocks.json", blocks)
     seen = text(made(results))
     assert "Error" not in seen and "refitted" not in seen

@@ -27,7 +27,7 @@ app = _group("Prune vision transformers and distil what they knew.")
 teacher_app = _group("Bring the teacher in.")
 data_app = _group("From a table of URLs to shards.")
 features_app = _group("What the teacher says of the images.")
-prune_app = _group("Keep a diverse subset of hidden neurons.")
+prune_app = _group("Keep a diverse subset of hidden units.")
 evaluate_app = _group("Compare the models.")
 
 Config = Annotated[str, typer.Option(help="The section as JSON, or a params file.")]

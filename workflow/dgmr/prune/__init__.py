@@ -1,4 +1,4 @@
-"""Prune: keep a diverse subset of every MLP's hidden neurons, drop the rest.
+"""Prune: keep a diverse subset of every MLP's hidden units, drop the rest.
 
 Importing it imports torch.
 """

@@ -1,4 +1,4 @@
-"""Which hidden neurons to keep: greedy Gram-Schmidt on the rows of the first MLP weight.
+"""Which hidden units to keep: greedy Gram-Schmidt on the rows of the first MLP weight.
 
 Shen et al., arXiv 2506.08591, section 3. Within a round this is column-pivoted QR of the weight's
 transpose.

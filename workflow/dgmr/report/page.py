@@ -230,6 +230,7 @@ def _block_row(name: str, block: Row) -> Row:
         "after": block["kept"],
         "error_plain": block.get("error_plain"),
         "error_refit": block.get("error_refit"),
+        "ridge": block.get("ridge"),
         "at_cut": norms[ordered - 1] / (norms[0] or 1.0),
         "spark": _spark(norms, ordered),
     }
