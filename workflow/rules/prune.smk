@@ -108,7 +108,7 @@ rule refit_blocks:
         teacher=folder_of("teacher"),
         orders=folder_of("orders"),
         step="sequential-refits --data results/data" if PRUNE.sequential else "refits",
-        features=CALIBRATION_CONFIG if PRUNE.sequential else "results/features",
+        features=CALIBRATION_CONFIG if PRUNE.sequential else folder_of("features"),
         part="" if PRUNE.sequential else "--part {part}",
         config=REFITTING,
         folder=folder_of("output"),
