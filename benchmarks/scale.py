@@ -74,13 +74,25 @@ def make_features(teacher: Path, block: str, tokens: int, folder: Path) -> None:
 
 
 def run(*arguments: object) -> dict[str, float]:
-    """Seconds and peak resident memory, in GB, of ``python`` with these arguments."""
+    """Seconds and peak resident memory, in GB, of ``python`` with these arguments.
+
+    A small process starts it and waits for it, for a child's peak begins at what its parent holds.
+    """
+    command = [sys.executable, __file__, "--run", *map(str, arguments)]
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(said)
+
+
+def run_here(arguments: list[str]) -> None:
+    """As :func:`run`, printed as JSON."""
     started = time.monotonic()
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, *arguments], **quiet)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"{' '.join(map(str, arguments))} failed: run it by hand")
-    return {"seconds": time.monotonic() - started, "peak_gb": usage.ru_maxrss * 1024 / 1e9}
+        raise SystemExit(f"{' '.join(arguments)} failed: run it by hand")
+    seconds = time.monotonic() - started
+    print(json.dumps({"seconds": seconds, "peak_gb": usage.ru_maxrss * 1024 / 1e9}))
 
 
 def measure(
@@ -160,10 +172,13 @@ if __name__ == "__main__":
     parser.add_argument("--make", type=Path, help="only make the checkpoint in this folder")
     parser.add_argument("--model", default=EVA_CLIP_E, help="timm architecture")
     parser.add_argument("--features", nargs=4, help="only make: teacher, block, tokens, folder")
+    parser.add_argument("--run", nargs=argparse.REMAINDER, help="only run python with this")
     parser.add_argument("--data", type=Path, default=Path("results/data"))
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/scale.json"))
     options = parser.parse_args()
-    if options.make:
+    if options.run:
+        run_here(options.run)
+    elif options.make:
         make_checkpoint(options.make, options.model)
     elif options.features:
         teacher, block, tokens, folder = options.features
