@@ -21,15 +21,12 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from dgmr import checkpoint
 from dgmr.errors import DgmrError
 from dgmr.files import read_json, replaced_folder, sha256, write_json
 
-WEIGHTS, CONFIG, PROVENANCE, LOADER = (
-    "model.safetensors",
-    "config.json",
-    "provenance.json",
-    "loader.py",
-)
+WEIGHTS, CONFIG = checkpoint.WEIGHTS, checkpoint.CONFIG
+PROVENANCE, LOADER = "provenance.json", "loader.py"
 
 
 def save(

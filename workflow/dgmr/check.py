@@ -13,7 +13,7 @@ from dgmr.data.evaluation import count_classes
 from dgmr.errors import DgmrError
 from dgmr.files import write_json
 from dgmr.mlps import mlps, widths
-from dgmr.models import TimmModel, input_size
+from dgmr.models import TimmModel, count_parameters, input_size
 from dgmr.params import Data, Prune, Teacher
 from dgmr.prune.model import build
 from dgmr.prune.widths import resolve
@@ -27,9 +27,8 @@ def check(teacher: Teacher, data: Data, prune: Prune, output: Path) -> None:
     """
     model = teacher_skeleton(teacher)
     found_mlps = mlps(model)
-    params = sum(parameter.numel() for parameter in model.parameters())
     with torch.device("meta"):  # the student too can be built, whichever hidden units will be kept
-        build(model, resolve(found_mlps, prune, params))
+        build(model, resolve(found_mlps, prune, count_parameters(model)))
     if input_size(model)[0] != 3:
         raise DgmrError(
             f"teacher.model: {teacher.model} takes {input_size(model)[0]} channels;"

@@ -8,12 +8,12 @@ from dgmr.files import read_json
 from dgmr.params import Teacher
 
 CONFIG = "config.json"
-_WHOLE = "model.safetensors"
+WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLE = "pytorch_model.bin"
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _FORMS = (
-    f"weights in a folder are {_WHOLE}, shards with their {_INDEX}, or {_PICKLE}; a local-dir has"
+    f"weights in a folder are {WEIGHTS}, shards with their {_INDEX}, or {_PICKLE}; a local-dir has"
     f" its {CONFIG} too, as timm.models.save_for_hf writes it"
 )
 
@@ -55,11 +55,11 @@ def weights_files(path: Path) -> list[Path]:
 
 
 def _of_folder(folder: Path) -> list[Path]:
-    for name in (_WHOLE, _INDEX, _PICKLE):
+    for name in (WEIGHTS, _INDEX, _PICKLE):
         if (folder / name).is_file():
             break
     else:
-        raise DgmrError(f"{folder / _WHOLE} is missing; {_FORMS}.")
+        raise DgmrError(f"{folder / WEIGHTS} is missing; {_FORMS}.")
     if name != _INDEX:
         return [folder / name]
     index = folder / _INDEX

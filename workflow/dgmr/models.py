@@ -72,6 +72,11 @@ def input_size(model: TimmModel) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def count_parameters(model: TimmModel) -> int:
+    """Numbers that the model has learnt."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def flops(model: TimmModel) -> int:
     """Floating-point operations of one image's forward pass, a multiply-add counting two."""
     return flops_by_module(model)[""]

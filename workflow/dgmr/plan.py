@@ -18,7 +18,7 @@ from timm.layers import AttentionPoolLatent, Mlp
 from dgmr import targets
 from dgmr.check import teacher_skeleton
 from dgmr.mlps import PrunableMlp, mlps, recorded_mlp_inputs
-from dgmr.models import TimmModel, flops_by_module, input_size, outputs
+from dgmr.models import TimmModel, count_parameters, flops_by_module, input_size, outputs
 from dgmr.params import Data, Params, Prune, Stage, Teacher
 from dgmr.prune.block import TOKENS_AT_ONCE
 from dgmr.prune.model import build
@@ -124,7 +124,7 @@ def plan_model(name: str, prune: Prune) -> ModelPlan:
 def pruned_skeleton(teacher: TimmModel, prune: Prune) -> TimmModel:
     """The student on the meta device; with a budget, as if all hidden units gained alike."""
     with torch.device("meta"):
-        return build(teacher, resolve(mlps(teacher), prune, _count(teacher)))
+        return build(teacher, resolve(mlps(teacher), prune, count_parameters(teacher)))
 
 
 def jobs(config: Params) -> dict[str, dict[str, int]]:
@@ -241,7 +241,7 @@ def _disk(config: Params, teacher: TimmModel, student: TimmModel) -> dict[str, S
             f"{images:,} images x at most {calibration.tokens} tokens, {len(rows)} MLPs, float32",
         ),
         "models": Size(
-            (_count(teacher) + models * _count(student)) * _FLOAT32,
+            (count_parameters(teacher) + models * count_parameters(student)) * _FLOAT32,
             f"the teacher and {models} students in float32",
         ),
     }
@@ -285,7 +285,7 @@ def _memory(config: Params, teacher: TimmModel, student: TimmModel) -> dict[str,
     said, tokens = _shapes(teacher)
     dense, kept = mlps(teacher), mlps(student)
     stored = targets.dtype(config.features.dtype).itemsize
-    weights, passing = _count(teacher) * _FLOAT32, _inference_bytes(dense, tokens)
+    weights, passing = count_parameters(teacher) * _FLOAT32, _inference_bytes(dense, tokens)
     # The view of a shard is gathered in batches, then joined.
     gathered = 2 * min(config.data.shard_size, config.data.n_samples) * said * stored
     sizes = {
@@ -307,7 +307,7 @@ def _memory(config: Params, teacher: TimmModel, student: TimmModel) -> dict[str,
         )
     batch = config.evaluate.batch_size
     sizes["evaluate_model"] = Size(
-        weights + _count(student) * _FLOAT32 + batch * passing,
+        weights + count_parameters(student) * _FLOAT32 + batch * passing,
         f"the teacher and a student, a batch of {batch}",
     )
     return sizes
@@ -346,7 +346,7 @@ def _prune_memory(
     if config.prune.method == "taylor":
         batch = config.features.batch_size
         sizes["saliency"] = Size(
-            (_count(teacher) + batch * _saved(dense, tokens)) * _FLOAT32,
+            (count_parameters(teacher) + batch * _saved(dense, tokens)) * _FLOAT32,
             f"the teacher, a batch of {batch} with what the backward pass needs",
         )
     sizes["order_blocks"] = Size(
@@ -384,12 +384,12 @@ def _training_bytes(
     learning = (
         sum(parameter.numel() for mlp in kept.values() for parameter in mlp.module.parameters())
         if stage.train == "mlp"
-        else _count(student)
+        else count_parameters(student)
     )
     half = stage.precision == "bfloat16"
     # Autocast keeps a copy of the weights in bfloat16.
-    copy = 2 * _count(student) if half else 0
-    state = (_count(student) + 3 * learning) * _FLOAT32
+    copy = 2 * count_parameters(student) if half else 0
+    state = (count_parameters(student) + 3 * learning) * _FLOAT32
     saved = stage.batch_size * _saved(kept, tokens)
     return state + copy + saved * (2 if half else _FLOAT32)
 
@@ -412,12 +412,8 @@ def _is_gated(mlp: PrunableMlp) -> bool:
 def _streamed_count(model: TimmModel) -> int:
     """Parameters that :func:`dgmr.streaming.streamed` holds at once."""
     names = dict.fromkeys(name.rpartition(".")[0] for name in mlps(model))
-    blocks = [_count(model.get_submodule(name)) for name in names]
-    return _count(model) - sum(blocks) + sum(sorted(blocks)[-2:])
-
-
-def _count(model: TimmModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    blocks = [count_parameters(model.get_submodule(name)) for name in names]
+    return count_parameters(model) - sum(blocks) + sum(sorted(blocks)[-2:])
 
 
 def show_model(plan: ModelPlan, console: Console) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dgmr import checkpoint
 from dgmr.errors import DgmrError
+from dgmr.files import ORIGIN
 
 # As the README of safetensors has them, section Format.
 _DTYPES = {
@@ -108,6 +109,16 @@ def tensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         # Opened for each: what was read of an open file stays in memory.
         with safe_open(path, framework="pt") as file:
             yield name, file.get_tensor(name)
+
+
+def origin(path: Path) -> dict[str, Any] | None:
+    """What a safetensors file says it was made of, or None where there is no readable file that says."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found: dict[str, Any] = json.loads(file.metadata()[ORIGIN])
+            return found
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError):
+        return None
 
 
 def write(path: Path, layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -15,6 +15,7 @@ from dgmr.files import write_json
 from dgmr.models import (
     Outputs,
     TimmModel,
+    count_parameters,
     device,
     evaluation_transform,
     flops,
@@ -75,7 +76,7 @@ def evaluate(
             "teacher_sha256": teacher_sha256,
             "samples": len(images),
             **{key: value / len(images) for key, value in sums.items()},
-            "params": sum(parameter.numel() for parameter in model.parameters()),
+            "params": count_parameters(model),
             "flops": flops(model),
         },
     )

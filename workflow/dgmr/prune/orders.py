@@ -3,13 +3,12 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dgmr import artefact
+from dgmr import artefact, weights
 from dgmr.errors import DgmrError
 from dgmr.files import ORIGIN, replaced, write_json
 from dgmr.mlps import mlps
@@ -51,7 +50,7 @@ def compute(
         "tokens": str(config.tokens),
     }
     seconds = 0.0
-    stale = [(n, mlp) for n, mlp in blocks if _origin(output / f"{n}.safetensors") != origin]
+    stale = [(n, mlp) for n, mlp in blocks if weights.origin(output / f"{n}.safetensors") != origin]
     with progress("orders", len(stale), "MLPs") as advance:
         for name, mlp in stale:
             started = time.monotonic()
@@ -77,7 +76,7 @@ def load(folder: Path, weights_sha256: str) -> dict[str, Order]:
     """
     orders = {}
     for path in sorted(folder.glob("*.safetensors")):
-        origin = _origin(path)
+        origin = weights.origin(path)
         if origin is None or origin["weights_sha256"] != weights_sha256:
             raise DgmrError(
                 f"{path} is damaged or an order of other weights than the teacher's: delete it and"
@@ -86,13 +85,3 @@ def load(folder: Path, weights_sha256: str) -> dict[str, Order]:
         with safe_open(path, framework="pt") as file:
             orders[path.stem] = Order(file.get_tensor("indices"), file.get_tensor("gains"))
     return orders
-
-
-def _origin(path: Path) -> dict[str, Any] | None:
-    """What the order was made of, or None where there is no readable file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            found: dict[str, Any] = json.loads(file.metadata()[ORIGIN])
-            return found
-    except Exception:  # noqa: BLE001 - safetensors raises its own and OSError; all mean "make it anew"
-        return None

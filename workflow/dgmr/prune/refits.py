@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dgmr import artefact
+from dgmr import artefact, weights
 from dgmr.errors import DgmrError
 from dgmr.files import ORIGIN, replaced, write_json
 from dgmr.fingerprint import key
@@ -194,12 +193,8 @@ def _save(fold: Fold, pruned: PrunableMlp, origin: dict[str, Any], path: Path) -
 
 def _about(path: Path, origin: dict[str, Any]) -> dict[str, float] | None:
     """Ridge and errors of the refit, or None where there is no readable one of this ``origin``."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = json.loads(file.metadata()[ORIGIN])
-    except Exception:  # noqa: BLE001 - safetensors raises its own and OSError; all mean "make it anew"
-        return None
-    about: dict[str, float] = found.pop("about")
+    found = weights.origin(path) or {}
+    about: dict[str, float] | None = found.pop("about", None)
     return about if found == origin else None
 
 

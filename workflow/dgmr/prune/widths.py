@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dgmr.errors import DgmrError
 from dgmr.mlps import PrunableMlp, mlps
-from dgmr.models import TimmModel
+from dgmr.models import TimmModel, count_parameters
 from dgmr.params import Prune
 from dgmr.prune.methods import Order
 from dgmr.prune.model import check_widths
@@ -66,7 +66,7 @@ def resolve(
 def kept(skeleton: TimmModel, config: Prune, orders: Mapping[str, Order]) -> dict[str, Tensor]:
     """Indices of the hidden units to keep, by MLP, of those that lose any."""
     found = mlps(skeleton)
-    params = sum(parameter.numel() for parameter in skeleton.parameters())
+    params = count_parameters(skeleton)
     gains = {name: order.gains for name, order in orders.items()}
     return {
         name: orders[name].indices[:width]
