@@ -322,3 +322,10 @@ def test_recording_ends_with_its_block_even_by_an_error():
         raise KeyError
     model(tiny.pixels())
     assert not inputs
+
+
+def test_mlps_that_are_one_module_are_refused_by_name():
+    model = tiny.vit()
+    model.blocks[1].mlp = model.blocks[0].mlp
+    with pytest.raises(DgmrError, match="blocks.0.mlp and blocks.1.mlp are the same module"):
+        mlps(model)

@@ -81,6 +81,14 @@ def test_sequential_refits_need_refits():
     assert "prune.sequential needs prune.compensate: least_squares" in sentence
 
 
+def test_refits_need_images_to_hold_out():
+    few = changed("features.calibration.samples", 7)
+    assert "features.calibration.samples must be at least 8" in refusal(few)
+    params.validate(changed("features.calibration.samples", 8))
+    few["prune"]["compensate"] = "none"
+    params.validate(few)
+
+
 @pytest.mark.parametrize(
     ("path", "guess"),
     [

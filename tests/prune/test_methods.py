@@ -260,6 +260,7 @@ def test_a_draw_leaves_out_no_place_of_the_image(plain):
     where = (plain.inputs[:, :, None] == seen.double()).all(3).any(2)
     assert where.sum() == IMAGES * TOKENS // 4
     assert where.any(0).all()
+    assert where.any(1).double().mean() > 0.75  # nor are they those of the first images
 
 
 def output_error(case, order, width):
