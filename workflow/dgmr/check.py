@@ -7,28 +7,39 @@ import timm
 import torch
 
 from dgmr import artefact
+from dgmr.answers import bytes_per_view
 from dgmr.checkpoint import teacher_files
 from dgmr.data import tables
 from dgmr.data.evaluation import count_classes
+from dgmr.distill.learning import learned
 from dgmr.errors import DgmrError
+from dgmr.features.targets import check_space
 from dgmr.files import write_json
 from dgmr.mlps import mlps, widths
-from dgmr.models import TimmModel, count_parameters, input_size
-from dgmr.params import Data, Prune, Teacher
-from dgmr.prune.model import build
-from dgmr.prune.widths import resolve
+from dgmr.models import TimmModel, input_size
+from dgmr.params import Params, Teacher
+from dgmr.prune.widths import students
 
 
-def check(teacher: Teacher, data: Data, prune: Prune, output: Path) -> None:
+def check(config: Params, targets: Path, output: Path) -> None:
     """Open the teacher's structure and the tables' schemas; write what was found to ``output``.
+
+    ``targets`` is the folder that the targets will be in, where they are cached.
 
     Raises:
         DgmrError: one sentence on the first thing that would fail later.
     """
+    teacher, data = config.teacher, config.data
     model = teacher_skeleton(teacher)
     found_mlps = mlps(model)
-    with torch.device("meta"):  # the student too can be built, whichever hidden units will be kept
-        build(model, resolve(found_mlps, prune, count_parameters(model)))
+    # Whichever hidden units will be kept, the students can be built, and learn.
+    built = students(model, config.prune, config.distill.stages)
+    for name, stage in config.distill.stages.items():
+        learned(built[name], stage, config.features)
+    if config.features.cache == "disk":
+        wanted = data.n_samples * config.features.views.count
+        there = sum(path.stat().st_size for path in targets.rglob("*.safetensors"))
+        check_space(wanted * bytes_per_view(model, config.features) - there, targets)
     if input_size(model)[0] != 3:
         raise DgmrError(
             f"teacher.model: {teacher.model} takes {input_size(model)[0]} channels;"

@@ -28,6 +28,7 @@ teacher_app = _group("Bring the teacher in.")
 data_app = _group("From a table of URLs to shards.")
 features_app = _group("What the teacher says of the images.")
 prune_app = _group("Keep a diverse subset of hidden units.")
+distill_app = _group("Train the student, stage after stage.")
 evaluate_app = _group("Compare the models.")
 
 Config = Annotated[str, typer.Option(help="The section as JSON, or a params file.")]
@@ -38,16 +39,17 @@ Features = Annotated[Path, typer.Option(help="The features room, results/feature
 Downloads = Annotated[Path, typer.Option(help="Where Fashion-MNIST is kept if it is fetched.")]
 Orders = Annotated[Path, typer.Option(help="Folder of orders.")]
 Part = Annotated[int, typer.Option(help="Which share of the blocks, from 0.")]
+_DISTILL = params.Distill.model_fields
 
 
 def main() -> None:
-    """Run a command; bad input ends with its sentence on standard error and status 2."""
+    """Run a command; bad input ends with its sentence on standard error and the error's status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         app()
     except DgmrError as error:
         print(f"dgmr: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
 
 
 @app.command()
@@ -57,16 +59,15 @@ def schema() -> None:
 
 
 @app.command()
-def check(teacher: Config, data: Config, prune: Config, output: Output) -> None:
-    """Check the model and the tables before any work begins."""
+def check(
+    config: Annotated[str, typer.Option(help="All params as JSON, or a params file.")],
+    targets: Annotated[Path, typer.Option(help="Where the targets will be.")],
+    output: Output,
+) -> None:
+    """Check the model, the tables and the disk before any work begins."""
     from dgmr.check import check
 
-    check(
-        params.section(params.Teacher, teacher),
-        params.section(params.Data, data),
-        params.section(params.Prune, prune),
-        output,
-    )
+    check(params.section(params.Params, config), targets, output)
 
 
 @app.command()
@@ -291,8 +292,34 @@ def prune_assemble(
     assemble(teacher, orders, refits or [], params.section(params.Prune, config), output)
 
 
-@app.command()
-def distill(
+@distill_app.command("prune")
+def distill_prune(
+    parent: Annotated[Path, typer.Option(help="Artefact that is pruned further.")],
+    teacher: Teacher,
+    orders: Orders,
+    data: Data,
+    features: Annotated[str, typer.Option(help="The section features as JSON.")],
+    config: Annotated[str, typer.Option(help="The section prune as JSON, or a params file.")],
+    stage: Annotated[str, typer.Option(help="prune of the stage as JSON.")],
+    output: Output,
+) -> None:
+    """Prune further, before a stage begins."""
+    from dgmr.prune.again import prune_again
+
+    prune_again(
+        parent,
+        teacher,
+        orders,
+        data,
+        params.section(params.Features, features),
+        params.section(params.Prune, config),
+        params.section(params.StagePrune, stage),
+        output,
+    )
+
+
+@distill_app.command("train")
+def distill_train(
     stage: Annotated[str, typer.Option(help="Name of the stage.")],
     parent: Annotated[Path, typer.Option(help="Artefact that the stage starts from.")],
     teacher: Teacher,
@@ -300,12 +327,39 @@ def distill(
     features: Features,
     config: Annotated[str, typer.Option(help="The stage as JSON.")],
     output: Output,
+    runs: Annotated[Path, typer.Option(help="Where training checkpoints go.")] = Path(
+        "work/distill"
+    ),
+    processes: Annotated[int, typer.Option(help="Processes that train together.")] = 1,
+    gpus: Annotated[int, typer.Option(help="Or one for each of so many GPUs.")] = 0,
+    workers: Annotated[
+        str, typer.Option(help="Processes that load images, for each of them; or auto.")
+    ] = "auto",
+    shard_above: Annotated[
+        int, typer.Option(help="Parameters above which processes share the weights.")
+    ] = _DISTILL["shard_above"].default,
+    checkpoint_every_s: Annotated[
+        int, typer.Option(help="Seconds between training checkpoints.")
+    ] = _DISTILL["checkpoint_every_s"].default,
+    max_bad_steps: Annotated[
+        int, typer.Option(help="Steps that may be skipped for a loss that is no finite number.")
+    ] = _DISTILL["max_bad_steps"].default,
 ) -> None:
-    """Train one stage."""
-    from dgmr.distill.trainer import train
-
+    """Train one stage; a run that was killed goes on where it was."""
     section = params.section(params.Stage, config)
-    train(stage, parent, teacher, data, features, section, output)
+    from dgmr.distill.parallel import launch
+
+    launch(gpus or processes)
+    from dgmr.distill.trainer import Running, train
+
+    running = Running(
+        runs,
+        checkpoint_every_s,
+        max_bad_steps,
+        None if workers == "auto" else int(workers),
+        shard_above,
+    )
+    train(stage, parent, teacher, data, features, section, output, running)
 
 
 @evaluate_app.command("model")
@@ -391,6 +445,7 @@ for name, group in {
     "data": data_app,
     "features": features_app,
     "prune": prune_app,
+    "distill": distill_app,
     "evaluate": evaluate_app,
 }.items():
     app.add_typer(group, name=name)

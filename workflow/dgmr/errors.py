@@ -1,8 +1,17 @@
-"""The one exception users see."""
+"""The exceptions users see."""
 
 
 class DgmrError(Exception):
     """Bad input, told in one sentence: what is wrong, where, and how to mend it.
 
-    The command line prints the sentence without a traceback and exits with status 2.
+    The command line prints the sentence without a traceback and exits with ``status``.
     """
+
+    status = 2
+
+
+class Stopped(DgmrError):
+    """A signal asked the work to stop; it has been saved, and the same command goes on with it."""
+
+    status = 143
+    """As a shell has it for SIGTERM."""

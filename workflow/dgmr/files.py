@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -75,6 +76,13 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def readable(count: int) -> str:
+    """Bytes with three significant digits and a decimal unit."""
+    rounded = float(f"{count:.3g}")
+    power = min(int(math.log10(max(rounded, 1))) // 3, 4)
+    return f"{rounded / 1000**power:g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ and a ``work/<room>/<key>`` folder has it in its :func:`key`.
 import ast
 import functools
 import hashlib
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ def key(*parts: Any) -> str:
     """Twelve hexadecimal digits that change when any of the JSON-able ``parts`` does."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions of ``packages``, by name."""
+    return {name: importlib.metadata.version(name) for name in packages}
 
 
 @functools.cache

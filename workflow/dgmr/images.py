@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dgmr.models import TimmModel, evaluation_transform, loader_workers
 from dgmr.params import Features
-from dgmr.shards import ShardedImages
+from dgmr.shards import ShardedImages, first
 
 
 class _First(Dataset[Tensor]):
@@ -27,8 +27,9 @@ class _First(Dataset[Tensor]):
 
 def calibration_images(data: Path, model: TimmModel, config: Features) -> DataLoader[Tensor]:
     """Batches ``[B, C, H, W]`` of the calibration images in the data room, normalised for ``model``."""
-    images = ShardedImages(data)
-    count = min(config.calibration.samples, len(images))
+    wanted = config.calibration.samples
+    images = ShardedImages(data, first(data, wanted), verify=True)
+    count = min(wanted, len(images))
     return DataLoader(
         _First(images, count, evaluation_transform(model)),
         config.batch_size,

@@ -159,6 +159,12 @@ def mlps(model: nn.Module) -> dict[str, PrunableMlp]:
     return found
 
 
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that have an MLP, by name, in the order of the network; no pool head among them."""
+    found = (name for name, mlp in mlps(model).items() if not mlp.in_pool_head)
+    return {name: model.get_submodule(name) for name in (n.rpartition(".")[0] for n in found)}
+
+
 def widths(model: nn.Module) -> dict[str, int]:
     """Hidden units of every MLP, by module name."""
     return {name: mlp.hidden_features for name, mlp in mlps(model).items()}

@@ -6,15 +6,19 @@ Importing this module is cheap (no torch), so a bad file is told at parse time.
 import difflib
 import json
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -153,8 +157,19 @@ class Data(Section):
         }
 
 
+class ColorJitter(Section):
+    """Random changes of an image's colours, each by a factor from 1 - x to 1 + x; hue: from -x to x."""
+
+    probability: Fraction = 0.8
+    """That a view has any of them."""
+    brightness: Fraction = 0.4
+    contrast: Fraction = 0.4
+    saturation: Fraction = 0.2
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+
+
 class Views(Section):
-    """Random crops and flips of an image: a pure function of (seed, sample key, view)."""
+    """Random crops, flips and colours of an image: a pure function of (seed, sample key, view)."""
 
     count: Annotated[int, Field(ge=1)] = 1
     """Views of a sample."""
@@ -167,6 +182,14 @@ class Views(Section):
     """Area of the crop as a fraction of the image, smallest and largest."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
+    color_jitter: ColorJitter | None = None
+    """Null: none. The defaults of its keys are DINOv2's."""
+    grayscale: Fraction = 0.0
+    """Probability of losing all colour; DINOv2's: 0.2."""
+    blur: Fraction = 0.0
+    """Probability of a Gaussian blur, its sigma 0.1 to 2 pixels; DINOv2's: 1 and 0.1, by crop."""
+    solarize: Fraction = 0.0
+    """Probability that values over half are inverted; DINOv2's: 0 and 0.2, by crop."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -189,14 +212,24 @@ class Calibration(Section):
 
 
 class Features(Section):
-    """What the frozen teacher says of the images."""
+    """What the frozen teacher says of the images: always the pooled output, and what is asked besides."""
 
+    cache: Literal["disk", "none"] = "disk"
+    """``disk``: the teacher is asked once, before the training. ``none``: in every training step."""
     views: Views = Views()
-    calibration: Calibration = Calibration()
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    patch_tokens: Annotated[int, Field(ge=1)] | None = 1
+    """Every k-th patch token of the last block is asked for; null: none."""
+    blocks: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Blocks, counted from 0, whose output tokens are asked for too."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the targets on disk."""
+    pixels: bool = True
+    """Cache the views' pixels beside the targets, so that the training decodes no image."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the teacher's forward pass (autocast)."""
     batch_size: Annotated[int, Field(ge=1)] = 128
     """Images a forward pass."""
+    calibration: Calibration = Calibration()
 
 
 class Ordering(Section):
@@ -280,38 +313,97 @@ class LossWeights(Section):
     """Class-token or pooled output."""
     patch_tokens: Annotated[float, Field(ge=0)] = 1.0
     """Patch tokens of the last block."""
+    blocks: Annotated[float, Field(ge=0)] = 0.0
+    """Output tokens of the blocks in ``features.blocks``, their mean."""
 
     @model_validator(mode="after")
     def _something(self) -> Self:
-        if self.pooled == self.patch_tokens == 0:
-            raise ValueError("loss: pooled and patch_tokens must not both be 0")
+        if self.pooled == self.patch_tokens == self.blocks == 0:
+            raise ValueError("loss: pooled, patch_tokens and blocks must not all be 0")
         return self
+
+
+def _check_ordered(first_and_last: tuple[int, int]) -> tuple[int, int]:
+    if first_and_last[0] > first_and_last[1]:
+        raise ValueError(f"blocks must be [first, last], not {list(first_and_last)}")
+    return first_and_last
+
+
+Blocks = Annotated[
+    tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], AfterValidator(_check_ordered)
+]
+"""The first and the last of some blocks, counted from 0."""
+
+
+class OnlyBlocks(Section):
+    """A range of blocks."""
+
+    blocks: Blocks
+    """``[first, last]``, counted from 0."""
+
+
+def _kind_of_train(value: Any) -> str:
+    return "<blocks>" if isinstance(value, dict | OnlyBlocks) else "<name>"
+
+
+# The tags choose which of the two a wrong value is told to be; they are no part of its key.
+Train = Annotated[
+    Annotated[Literal["mlp", "mlp+norm", "all"], Tag("<name>")]
+    | Annotated[OnlyBlocks, Tag("<blocks>")],
+    Discriminator(_kind_of_train),
+]
+
+
+class StagePrune(Section):
+    """Which blocks shrink before a stage begins, for a reduction in steps."""
+
+    ratio: Annotated[float, Field(gt=0)]
+    """Hidden units kept, as a multiple of the embed dim: ``int(ratio * dim)``; rounded and compensated
+    as the section ``prune`` says, on the stage's own parent."""
+    blocks: Blocks | None = None
+    """``[first, last]``, counted from 0; null: all."""
 
 
 class Stage(Section):
     """One stage of distillation; it starts from what the stage before it left."""
 
-    train: Literal["mlp", "all"]
-    """Parameters that learn: those of the MLPs, or all."""
+    prune: StagePrune | None = None
+    """What is pruned further before the stage begins; null: nothing."""
+    train: Train
+    """Parameters that learn: those of the MLPs, of MLPs and norms, all, or all of ``{blocks: [a, b]}``."""
+    loss: LossWeights = LossWeights()
     samples: Annotated[int, Field(ge=1)]
     """(sample, view) pairs seen."""
     batch_size: Annotated[int, Field(ge=1)] = 64
-    """Images a step."""
+    """Images a step, of all processes together."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Passes in which a process works through its images of a step, to save memory."""
+    grad_checkpointing: bool = False
+    """Keep no activations of a block for the backward pass, but compute them again, to save memory."""
     lr: Annotated[float, Field(gt=0)]
     """Peak learning rate of AdamW."""
     min_lr: Annotated[float, Field(ge=0)] = 1e-6
     """Learning rate at the end of the cosine."""
     warmup: Fraction = 0.1
     """Part of the stage in which the learning rate rises linearly from 0."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
+    """Of AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.04
     """Of AdamW; biases and the scales of norms do not decay."""
+    end_weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Weight decay at the end of a cosine; null: it stays as it is."""
     clip_grad: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest gradient norm; null: no clipping."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay, per step, of the weights' exponential moving average, which the stage leaves; null: it
+    leaves the last weights."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the student's forward pass (autocast); weights and optimizer stay in float32."""
-    loss: LossWeights = LossWeights()
     seed: int = 0
-    """Of the order of the samples."""
+    """Of the order of the samples, and of dropout where the model has it."""
 
     @model_validator(mode="after")
     def _at_least_a_step(self) -> Self:
@@ -323,10 +415,21 @@ class Stage(Section):
 
 
 class Distill(Section):
-    """Stages of distillation, in this order."""
+    """Stages of distillation, in this order, and how they are run."""
 
     stages: Annotated[dict[StageName, Stage], Field(min_length=1)]
     """By name, which is also that of the stage's results."""
+    max_bad_steps: Annotated[int, Field(ge=0)] = 10
+    """Steps of a stage that may be skipped for a loss or gradient that is no finite number."""
+    checkpoint_every_s: Annotated[int, Field(ge=0)] = 300
+    """Seconds between training checkpoints; 0: after every step."""
+    processes: Annotated[int, Field(ge=1)] = 1
+    """Processes on a machine without GPUs; with them, there is one for every GPU of the job."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that load images, for each that trains; null: one for every four of its threads."""
+    shard_above: Annotated[int, Field(ge=0)] = 1_000_000_000
+    """Parameters above which several processes share a model's weights (FSDP) instead of each
+    holding them all (DDP)."""
 
     @model_validator(mode="after")
     def _names(self) -> Self:
@@ -376,6 +479,26 @@ class Params(Section):
                 "features.calibration.samples must be at least 8 for prune.compensate: least_squares,"
                 f" which holds every eighth out ({self.features.calibration.samples} given)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _asked_for(self) -> Self:
+        for name, stage in self.distill.stages.items():
+            if stage.loss.patch_tokens and self.features.patch_tokens is None:
+                raise ValueError(
+                    f"distill.stages.{name}.loss.patch_tokens is {stage.loss.patch_tokens:g}, but"
+                    " features.patch_tokens is null: ask for them, or give the loss a weight of 0"
+                )
+            if stage.loss.blocks and not self.features.blocks:
+                raise ValueError(
+                    f"distill.stages.{name}.loss.blocks is {stage.loss.blocks:g}, but"
+                    " features.blocks names none: name some, or give the loss a weight of 0"
+                )
+            if stage.prune is not None and stage.prune.ratio > self.prune.max_ratio:
+                raise ValueError(
+                    f"distill.stages.{name}.prune.ratio {stage.prune.ratio:g} must not exceed"
+                    f" prune.max_ratio {self.prune.max_ratio:g}"
+                )
         return self
 
 
@@ -434,10 +557,11 @@ def _sentences(error: ValidationError, kind: type[BaseModel], source: str) -> st
 
 
 def _sentence(detail: Any, kind: type[BaseModel], source: str) -> str:
-    key = ".".join(str(part) for part in detail["loc"] if part != "[key]")
+    location = [part for part in detail["loc"] if not str(part).startswith(("[", "<"))]
+    key = ".".join(map(str, location))
     if detail["type"] == "extra_forbidden":
-        allowed = _keys_beside(kind, detail["loc"])
-        near = difflib.get_close_matches(str(detail["loc"][-1]), allowed, n=1)
+        allowed = _keys_beside(kind, location)
+        near = difflib.get_close_matches(str(location[-1]), allowed, n=1)
         guess = f" (did you mean {near[0]}?)" if near else ""
         return f"{source}: unknown key {key}{guess}; allowed here: {', '.join(allowed)}."
     if detail["type"] == "missing":
@@ -452,13 +576,19 @@ def _lower(message: str) -> str:
     return message[0].lower() + message[1:]
 
 
-def _keys_beside(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+def _keys_beside(kind: type[BaseModel], location: list[int | str]) -> list[str]:
     """Names allowed where the unknown key at ``location`` stands."""
     parts = iter(location[:-1])
     for part in parts:
         annotation = kind.model_fields[str(part)].annotation
         if typing.get_origin(annotation) is dict:
             next(parts)  # a name the user chose; all values are of one kind
-        candidates = [annotation, *typing.get_args(annotation)]
-        kind = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        kind = next(_sections_in(annotation))
     return list(kind.model_fields)
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in typing.get_args(annotation):
+        yield from _sections_in(inner)

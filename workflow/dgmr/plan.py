@@ -15,14 +15,15 @@ from rich.console import Console
 from rich.table import Table
 from timm.layers import AttentionPoolLatent, Mlp
 
-from dgmr import targets
+from dgmr.answers import bytes_per_view
 from dgmr.check import teacher_skeleton
+from dgmr.distill.learning import named
+from dgmr.files import readable
 from dgmr.mlps import PrunableMlp, mlps, recorded_mlp_inputs
-from dgmr.models import TimmModel, count_parameters, flops_by_module, input_size, outputs
+from dgmr.models import TimmModel, count_parameters, flops_by_module, input_size
 from dgmr.params import Data, Params, Prune, Stage, Teacher
 from dgmr.prune.block import TOKENS_AT_ONCE
-from dgmr.prune.model import build
-from dgmr.prune.widths import reach, resolve
+from dgmr.prune.widths import reach, students
 
 # What each component is, where its name does not say it.
 COMPONENTS = {
@@ -102,11 +103,11 @@ def plan_run(config: Params) -> RunPlan:
         DgmrError: there is no such teacher, or it cannot be pruned to such widths.
     """
     teacher = teacher_skeleton(config.teacher)
-    student = pruned_skeleton(teacher, config.prune)
+    built = students(teacher, config.prune, config.distill.stages)
     return RunPlan(
-        _model_plan(config.teacher.model, teacher, student),
-        _disk(config, teacher, student),
-        _memory(config, teacher, student),
+        _model_plan(config.teacher.model, teacher, list(built.values())[-1]),
+        _disk(config, teacher, built),
+        _memory(config, teacher, built),
         jobs(config),
     )
 
@@ -118,13 +119,7 @@ def plan_model(name: str, prune: Prune) -> ModelPlan:
         DgmrError: there is no such model, or it cannot be pruned to such widths.
     """
     teacher = teacher_skeleton(Teacher(model=name))
-    return _model_plan(name, teacher, pruned_skeleton(teacher, prune))
-
-
-def pruned_skeleton(teacher: TimmModel, prune: Prune) -> TimmModel:
-    """The student on the meta device; with a budget, as if all hidden units gained alike."""
-    with torch.device("meta"):
-        return build(teacher, resolve(mlps(teacher), prune, count_parameters(teacher)))
+    return _model_plan(name, teacher, students(teacher, prune, {})["pruned"])
 
 
 def jobs(config: Params) -> dict[str, dict[str, int]]:
@@ -143,14 +138,21 @@ def jobs(config: Params) -> dict[str, dict[str, int]]:
             "pack_evaluation": 1,
             "data": 1,
         },
-        "features": {"targets": batches, "calibration": 1, "features": 1},
+        "features": {
+            "targets": batches if config.features.cache == "disk" else 0,
+            "calibration": 1,
+            "features": 1,
+        },
         "prune": {
             "saliency": int(prune.method == "taylor"),
             "order_blocks": prune.parts,
             "refit_blocks": refits if prune.compensate == "least_squares" else 0,
             "prune": 1,
         },
-        "distill": {"distill_stage": stages},
+        "distill": {
+            "prune_again": sum(s.prune is not None for s in config.distill.stages.values()),
+            "distill_stage": stages,
+        },
         # The teacher, the pruned model, and what each stage leaves.
         "evaluate": {"evaluate_model": 2 + stages, "measure_speed": 1},
         "report": {"report": 1},
@@ -216,35 +218,33 @@ def _component_of(name: str, component: Mapping[str, str]) -> str:
     return "other"
 
 
-def _disk(config: Params, teacher: TimmModel, student: TimmModel) -> dict[str, Size]:
+def _disk(config: Params, teacher: TimmModel, built: Mapping[str, TimmModel]) -> dict[str, Size]:
     features = config.features
-    said, tokens = _shapes(teacher)
+    tokens = _tokens(teacher)
     samples = config.data.n_samples
-    views = features.views.count
-    stored = targets.dtype(features.dtype).itemsize
     calibration = features.calibration
     images = min(calibration.samples, samples)
     rows = {
         name: min(tokens[name], calibration.tokens) * mlp.in_features
         for name, mlp in mlps(teacher).items()
     }
-    models = 1 + len(config.distill.stages)
+    models = sum(map(count_parameters, (teacher, *built.values())))
     sizes = {
         "shards": _shards(config.data),
         "evaluation shards": _evaluation_shards(config.data),
-        "targets": Size(
-            samples * views * said * stored,
-            f"{samples:,} samples x {views} views x {said:,} numbers in {features.dtype}",
-        ),
         "calibration": Size(
             images * sum(rows.values()) * _FLOAT32,
             f"{images:,} images x at most {calibration.tokens} tokens, {len(rows)} MLPs, float32",
         ),
-        "models": Size(
-            (count_parameters(teacher) + models * count_parameters(student)) * _FLOAT32,
-            f"the teacher and {models} students in float32",
-        ),
+        "models": Size(models * _FLOAT32, f"the teacher and {len(built)} students in float32"),
     }
+    if features.cache == "disk":
+        views = samples * features.views.count
+        sizes["targets"] = Size(
+            views * bytes_per_view(teacher, features),
+            f"{samples:,} samples x {features.views.count} views, answers in {features.dtype}"
+            + (", and their pixels" if features.pixels else ""),
+        )
     if config.data.urls == "http":
         sizes["downloads"] = Size(None, "the images as the web has them, until work/ is cleared")
     return sizes
@@ -271,39 +271,37 @@ def _evaluation_shards(data: Data) -> Size:
     return Size(count * _FASHION_EVAL_BYTES, f"{_FASHION_EVAL_BYTES} bytes an image, as measured")
 
 
-def _shapes(model: TimmModel) -> tuple[int, dict[str, int]]:
-    """Numbers that the model says of an image, pooled output and patch tokens, and tokens by MLP."""
-    image = torch.zeros(1, *input_size(model), device="meta")
+def _tokens(model: TimmModel) -> dict[str, int]:
+    """Tokens that each MLP sees of an image."""
     with recorded_mlp_inputs(model) as inputs:
-        said = outputs(model, image)
-    return sum(part.numel() for part in said), {n: value.shape[1] for n, value in inputs.items()}
+        model(torch.zeros(1, *input_size(model), device="meta"))
+    return {name: value.shape[1] for name, value in inputs.items()}
 
 
-def _memory(config: Params, teacher: TimmModel, student: TimmModel) -> dict[str, Size]:
+def _memory(config: Params, teacher: TimmModel, built: Mapping[str, TimmModel]) -> dict[str, Size]:
     """Weights and activations of a batch; what Python and torch themselves take comes on top."""
     batch = config.features.batch_size
-    said, tokens = _shapes(teacher)
+    tokens = _tokens(teacher)
+    student = built["pruned"]
     dense, kept = mlps(teacher), mlps(student)
-    stored = targets.dtype(config.features.dtype).itemsize
     weights, passing = count_parameters(teacher) * _FLOAT32, _inference_bytes(dense, tokens)
-    # The view of a shard is gathered in batches, then joined.
-    gathered = 2 * min(config.data.shard_size, config.data.n_samples) * said * stored
-    sizes = {
-        "targets": Size(
-            weights + batch * passing + gathered,
-            f"the teacher, a batch of {batch}, twice the targets of a shard",
-        ),
-        "calibration": Size(
-            _streamed_count(teacher) * _FLOAT32 + batch * passing,
-            f"the teacher's two largest blocks and what lies outside blocks, a batch of {batch}",
-        ),
-    }
+    sizes = {}
+    online = config.features.cache == "none"
+    if not online:
+        sizes["targets"] = Size(weights + batch * passing, f"the teacher, a batch of {batch}")
+    sizes["calibration"] = Size(
+        _streamed_count(teacher) * _FLOAT32 + batch * passing,
+        f"the teacher's two largest blocks and what lies outside blocks, a batch of {batch}",
+    )
     sizes |= _prune_memory(config, teacher, dense, kept, tokens)
     for name, stage in config.distill.stages.items():
+        images = -(-stage.batch_size // (config.distill.processes * stage.accumulate))
         sizes[f"distill_stage {name}"] = Size(
-            _training_bytes(stage, student, kept, tokens),
-            f"weights, gradients and AdamW's two moments; a batch of {stage.batch_size} with what"
-            f" the backward pass needs, in {stage.precision}",
+            _training_bytes(stage, built[name], images, tokens)
+            + (weights + images * passing if online else 0),
+            f"{'the teacher; ' if online else ''}weights, gradients and AdamW's two moments"
+            f"{', an average' if stage.ema else ''}; {images} images a pass with what the backward"
+            f" pass needs, in {stage.precision}",
         )
     batch = config.evaluate.batch_size
     sizes["evaluate_model"] = Size(
@@ -378,19 +376,21 @@ def _inference_bytes(found: Mapping[str, PrunableMlp], tokens: Mapping[str, int]
 
 
 def _training_bytes(
-    stage: Stage, student: TimmModel, kept: Mapping[str, PrunableMlp], tokens: Mapping[str, int]
+    stage: Stage, student: TimmModel, images: int, tokens: Mapping[str, int]
 ) -> int:
-    """Weights, gradients, the optimizer's moments, and what the backward pass needs of a batch."""
-    learning = (
-        sum(parameter.numel() for mlp in kept.values() for parameter in mlp.module.parameters())
-        if stage.train == "mlp"
-        else count_parameters(student)
-    )
+    """Weights, gradients, the optimizer's moments, and what the backward pass needs of ``images``."""
+    trained = named(student, stage)
+    learning = sum(p.numel() for name, p in student.named_parameters() if name in trained)
     half = stage.precision == "bfloat16"
     # Autocast keeps a copy of the weights in bfloat16.
     copy = 2 * count_parameters(student) if half else 0
-    state = (count_parameters(student) + 3 * learning) * _FLOAT32
-    saved = stage.batch_size * _saved(kept, tokens)
+    copies = 3 if stage.ema is None else 4
+    state = (count_parameters(student) + copies * learning) * _FLOAT32
+    kept = mlps(student)
+    saved = images * _saved(kept, tokens)
+    if stage.grad_checkpointing:  # the inputs of all blocks, and one block
+        blocks_inputs = sum(tokens[name] * mlp.in_features for name, mlp in kept.items())
+        saved = saved // len(kept) + images * blocks_inputs
     return state + copy + saved * (2 if half else _FLOAT32)
 
 
@@ -467,10 +467,3 @@ def show_run(plan: RunPlan, console: Console) -> None:
     table.add_section()
     table.add_row("total", str(total), "where nothing is done yet")
     console.print(table)
-
-
-def readable(count: int) -> str:
-    """Bytes with three significant digits and a decimal unit."""
-    rounded = float(f"{count:.3g}")
-    power = min(int(math.log10(max(rounded, 1))) // 3, 4)
-    return f"{rounded / 1000**power:g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"

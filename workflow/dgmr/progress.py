@@ -13,13 +13,17 @@ _LINE_BAR = 20
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
-    """Show how far ``what`` has come, on standard error; call the given function with units done."""
-    started = time.monotonic()
-    done = 0
+def progress(
+    what: str, total: int, unit: str = "images", done: int = 0
+) -> Iterator[Callable[[int], None]]:
+    """Show how far ``what`` has come, on standard error; call the given function with units done.
+
+    ``done`` of the ``total`` were done before.
+    """
+    started, before = time.monotonic(), done
 
     def rate() -> float:
-        return done / max(time.monotonic() - started, 1e-9)
+        return (done - before) / max(time.monotonic() - started, 1e-9)
 
     if sys.stderr.isatty():
         columns = (
@@ -30,7 +34,7 @@ def progress(what: str, total: int, unit: str = "images") -> Iterator[Callable[[
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=total, rate=0.0)
+            task = bar.add_task(what, total=total, completed=done, rate=0.0)
 
             def advance(units: int) -> None:
                 nonlocal done

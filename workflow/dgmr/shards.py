@@ -121,6 +121,24 @@ def link_shard(source: Path, folder: Path, name: str) -> None:
         link_or_copy(source / f"{name}{suffix}", folder / f"{name}{suffix}")
 
 
+def first(folder: Path, samples: int) -> list[str]:
+    """Names of ``folder``'s first shards that hold so many samples together, or of all."""
+    names: list[str] = []
+    for shard in _manifest(folder)["shards"]:
+        if samples <= 0:
+            break
+        names.append(shard["name"])
+        samples -= shard["samples"]
+    return names
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    if not (folder / MANIFEST).is_file():
+        raise DgmrError(f"{folder} has no {MANIFEST}: run the data stage first.")
+    found: dict[str, Any] = read_json(folder / MANIFEST)
+    return found
+
+
 class ShardedImages:
     """Random access to the images of a manifest, or of some of its shards; no image is kept open.
 
@@ -135,10 +153,8 @@ class ShardedImages:
         Raises:
             DgmrError: the manifest or a shard is missing, or a shard is not the one listed.
         """
-        if not (folder / MANIFEST).is_file():
-            raise DgmrError(f"{folder} has no {MANIFEST}: run the data stage first.")
         self.folder = folder
-        self.manifest: dict[str, Any] = read_json(folder / MANIFEST)
+        self.manifest = _manifest(folder)
         wanted = None if shards is None else set(shards)
         self.shards = [
             shard

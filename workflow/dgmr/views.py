@@ -1,25 +1,33 @@
-"""Views of a training image: random crops and flips that are a pure function of (seed, key, view).
+"""Views: random crops, flips and colours of an image that anyone can make again.
 
-The teacher's targets are cached for a (sample, view), and the student must see the very same pixels
-later, in another process; so nothing here draws from a global random state.
+What is drawn is a pure function of (seed, sample key, view), so the student sees the very pixels that
+the teacher was asked about, in any process, without a global random state.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms import functional as transforms
+from torchvision import transforms
+from torchvision.transforms import functional
 
+from dgmr.fingerprint import versions
 from dgmr.params import Views
+
+# As DINOv2's: its crops are 224 pixels wide.
+_BLUR_KERNEL, _BLUR_SIGMA = 9, (0.1, 2.0)
+_SOLARIZE_FROM = 128
 
 
 @dataclass(frozen=True)
 class ViewTransform:
-    """PIL image to normalised ``[C, H, W]``, cropped and flipped as (key, view) says."""
+    """PIL image to the pixels ``[C, H, W]`` of a view, uint8, and from them to what the model takes."""
 
     views: Views
     size: tuple[int, int]
@@ -40,16 +48,44 @@ class ViewTransform:
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which also seeds the accelerators' generators.
             torch.default_generator.manual_seed(_seed(self.views.seed, key, view))
-            top, left, height, width = RandomResizedCrop.get_params(
-                image, list(self.views.crop_scale), [3 / 4, 4 / 3]
-            )
-            flipped = bool(torch.rand(()) < self.views.flip)
-        crop = transforms.resized_crop(
-            image, top, left, height, width, list(self.size), InterpolationMode(self.interpolation)
-        )
-        if flipped:
-            crop = transforms.hflip(crop)
-        return transforms.normalize(transforms.to_tensor(crop), list(self.mean), list(self.std))
+            return functional.pil_to_tensor(self._drawn(image))
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels ``[B, C, H, W]``, uint8, as the model takes them, in float32."""
+        scaled = pixels.to(torch.float32).div_(255)
+        return functional.normalize(scaled, list(self.mean), list(self.std), inplace=True)
+
+    def about(self) -> dict[str, Any]:
+        """All that shapes the pixels, and what the model takes of them; JSON."""
+        described = asdict(self) | {"views": self.views.model_dump(mode="json")}
+        # The libraries whose next version may resample or jitter in another way.
+        made_by = versions("pillow", "torchvision")
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in described.items()} | made_by
+
+    @cached_property
+    def _drawn(self) -> Callable[[Image.Image], Image.Image]:
+        views = self.views
+        steps: list[Any] = [
+            transforms.RandomResizedCrop(
+                self.size,
+                views.crop_scale,
+                interpolation=transforms.InterpolationMode(self.interpolation),
+            ),
+            transforms.RandomHorizontalFlip(views.flip),
+        ]
+        if jitter := views.color_jitter:
+            factors = jitter.model_dump(exclude={"probability"})
+            changed = transforms.ColorJitter(**factors)
+            steps.append(transforms.RandomApply([changed], jitter.probability))
+        if views.grayscale:
+            steps.append(transforms.RandomGrayscale(views.grayscale))
+        if views.blur:
+            blurred = transforms.GaussianBlur(_BLUR_KERNEL, _BLUR_SIGMA)
+            steps.append(transforms.RandomApply([blurred], views.blur))
+        if views.solarize:
+            steps.append(transforms.RandomSolarize(_SOLARIZE_FROM, views.solarize))
+        drawn: Callable[[Image.Image], Image.Image] = transforms.Compose(steps)
+        return drawn
 
 
 def _seed(seed: int, key: str, view: int) -> int:

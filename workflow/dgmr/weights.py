@@ -1,12 +1,13 @@
 """Weights on disk, one tensor at a time: writing never needs more memory than the largest."""
 
 import argparse
+import hashlib
 import json
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -121,8 +122,8 @@ def origin(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def write(path: Path, layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write a safetensors file of ``tensors`` as they come, not atomically.
+def write(path: Path, layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Write a safetensors file of ``tensors`` as they come, not atomically; SHA-256 of what was written.
 
     Args:
         path: the file.
@@ -133,8 +134,9 @@ def write(path: Path, layout: Mapping[str, Tensor], tensors: Iterable[tuple[str,
         ValueError: a tensor is not the one that the layout says.
     """
     expected = iter(layout.items())
+    digest = hashlib.sha256(header := _header(layout, {"format": "pt"}))
     with path.open("wb") as file:
-        file.write(_header(layout, {"format": "pt"}))
+        file.write(header)
         for name, tensor in tensors:
             wanted_name, wanted = next(expected, ("no further tensor", tensor))
             if (name, tensor.shape, tensor.dtype) != (wanted_name, wanted.shape, wanted.dtype):
@@ -142,29 +144,75 @@ def write(path: Path, layout: Mapping[str, Tensor], tensors: Iterable[tuple[str,
                     f"{path}: {name} {list(tensor.shape)} {tensor.dtype} comes where"
                     f" {wanted_name} {list(wanted.shape)} {wanted.dtype} belongs"
                 )
-            file.write(_raw(tensor))
+            digest.update(raw := _raw(tensor))
+            file.write(raw)
         if missing := next(expected, None):
             raise ValueError(f"{path}: {missing[0]} did not come")
+    return digest.hexdigest()
 
 
 class Rows:
-    """A safetensors file of one tensor whose rows come piece by piece; not atomic.
+    """A safetensors file of tensors whose rows come piece by piece; not atomic.
 
-    It is whole once all rows of its shape were added and it was closed.
+    It is whole once all rows were added and it was closed.
     """
 
-    def __init__(self, path: Path, name: str, shape: list[int], metadata: dict[str, str]) -> None:
-        """``shape`` of the whole tensor, float32."""
+    def __init__(self, path: Path, layout: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+        """``layout``: names, dtypes and shapes of the whole tensors; on any device."""
+        header = _header(layout, metadata)
         self._file = path.open("wb")
-        self._file.write(_header({name: torch.empty(shape, device="meta")}, metadata))
+        self._file.write(header)
+        self._layout = layout
+        self._next, self._end = {}, {}
+        start = len(header)
+        for name, tensor in layout.items():
+            self._next[name] = start
+            self._end[name] = start = start + tensor.numel() * tensor.element_size()
 
-    def add(self, rows: Tensor) -> None:
-        """Append rows."""
-        self._file.write(_raw(rows.float()))
+    def add(self, rows: Mapping[str, Tensor]) -> None:
+        """Append rows to every tensor, in its dtype."""
+        for name, tensor in self._layout.items():
+            raw = _raw(rows[name].to(tensor.dtype))
+            self._file.seek(self._next[name])
+            self._file.write(raw)
+            self._next[name] += len(raw)
 
     def close(self) -> None:
-        """No more rows come."""
+        """No more rows come.
+
+        Raises:
+            ValueError: there were more or fewer than the layout says.
+        """
         self._file.close()
+        if self._next != self._end:
+            raise ValueError(f"{self._file.name}: {self._next} bytes came where {self._end} belong")
+
+
+class Spans(NamedTuple):
+    """Where the rows of a safetensors file's tensor lie."""
+
+    dtype: torch.dtype
+    row: list[int]
+    """Shape of a row."""
+    row_bytes: int
+    offset: int
+    """Of the first row, from the file's beginning."""
+
+
+def spans(path: Path) -> dict[str, Spans]:
+    """Where every tensor's rows lie, for readers of single rows; see README of safetensors, Format."""
+    dtypes = {name: dtype for dtype, name in _DTYPES.items()}
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    found = {}
+    for name, about in header.items():
+        start, end = about["data_offsets"]
+        count, *row = about["shape"]
+        row_bytes = (end - start) // max(count, 1)
+        found[name] = Spans(dtypes[about["dtype"]], row, row_bytes, 8 + length + start)
+    return found
 
 
 def _header(layout: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:

@@ -19,12 +19,11 @@ rule check:
         "../../envs/dgmr.yaml"
     threads: 64
     params:
-        teacher=PARAMS.teacher.model_dump_json(),
-        data=PARAMS.data.model_dump_json(),
-        prune=PARAMS.prune.model_dump_json(),
+        config=PARAMS.model_dump_json(exclude={"evaluate", "mlflow"}),
+        targets=lambda wildcards: TARGETS,
         code=code("dgmr.check"),
     message:
-        "Checking the model and the tables"
+        "Checking the models, the tables and the disk"
     shell:
-        "python -m dgmr check --teacher {params.teacher:q} --data {params.data:q}"
-        " --prune {params.prune:q} --output {output} 2>&1 | tee {log}"
+        "python -m dgmr check --config {params.config:q} --targets {params.targets}"
+        " --output {output} 2>&1 | tee {log}"

@@ -13,7 +13,7 @@ sys.path.insert(0, PACKAGES)
 
 from dgmr.checkpoint import teacher_files
 from dgmr.errors import DgmrError
-from dgmr.fingerprint import code, key
+from dgmr.fingerprint import code, key, versions
 from dgmr.params import validate
 
 try:
@@ -67,9 +67,16 @@ def shards_of(wildcards):
 
 
 def parent_of(wildcards):
-    """The model that a stage starts from: the stage's before it, or the pruned one."""
+    """The model that a stage comes after: the stage's before it, or the pruned one."""
     names = ["pruned", *STAGES]
     return FOLDERS[names[names.index(wildcards.stage) - 1]]
+
+
+def start_of(wildcards):
+    """The model that a stage trains: its parent, or that after the stage's own pruning."""
+    if STAGES[wildcards.stage].prune is None:
+        return parent_of(wildcards)
+    return f"results/distill/pruned/{wildcards.stage}"
 
 
 def artefact_of(folder):

@@ -1,7 +1,14 @@
 # Features: the frozen teacher's outputs for every view of every sample, and calibration inputs.
 
-VIEWS_CONFIG = PARAMS.features.model_dump_json(exclude={"calibration"})
-TARGETS_KEY = key(code("dgmr.features.targets"), TEACHER_KEY, DATA_KEY, VIEWS_CONFIG)
+ASKED = PARAMS.features.model_dump_json(exclude={"calibration", "cache"})
+TARGETS_KEY = key(
+    code("dgmr.features.targets"),
+    # Other versions may draw other pixels, or compute with other kernels.
+    versions("torch", "torchvision", "timm", "pillow"),
+    TEACHER_KEY,
+    DATA_KEY,
+    ASKED,
+)
 TARGETS = f"work/features/{TARGETS_KEY}/targets"
 
 CALIBRATION_CONFIG = PARAMS.features.model_dump_json(include={"calibration", "batch_size"})
@@ -30,7 +37,7 @@ rule targets:
         runtime=240,
     params:
         shards=shards_of,
-        config=VIEWS_CONFIG,
+        config=ASKED,
         teacher=folder_of("teacher"),
         data=folder_of("data"),
     message:
@@ -69,7 +76,7 @@ rule calibration:
 rule features:
     input:
         teacher=rules.teacher.output,
-        targets=expand(rules.targets.output, job=JOBS),
+        targets=(expand(rules.targets.output, job=JOBS) if PARAMS.features.cache == "disk" else []),
         calibration=rules.calibration.output,
     output:
         manifest="results/features/manifest.json",

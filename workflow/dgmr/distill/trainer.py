@@ -1,29 +1,44 @@
-"""One stage of distillation: the student learns to say what the frozen teacher said."""
+"""One stage of distillation: the student learns to answer what the frozen teacher answered."""
 
-import math
+import contextlib
+import signal
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
-from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dgmr import artefact
-from dgmr.distill.losses import weighted
-from dgmr.distill.pairs import PairOrder, Pairs
-from dgmr.errors import DgmrError
-from dgmr.mlps import mlps
-from dgmr.models import Outputs, device, loader_workers, outputs
+from dgmr.distill import checkpoints
+from dgmr.distill.history import History
+from dgmr.distill.learner import Learner, Measured, Teacher
+from dgmr.distill.pairs import Batch, Batches, PairOrder, Pairs
+from dgmr.distill.parallel import Processes, gathered, processes, wait_for_all, whole
+from dgmr.errors import DgmrError, Stopped
+from dgmr.files import write_json
+from dgmr.fingerprint import code, key
+from dgmr.models import TimmModel, loader_workers
 from dgmr.params import Stage
 from dgmr.progress import progress
 from dgmr.targets import Manifest
 
 HISTORY = "history.json"
-_HISTORY_ROWS = 100
+BAD_STEPS = "bad_steps.json"
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a stage is run; none of it changes what comes out. As the section ``distill`` has it."""
+
+    runs: Path = Path("work/distill")
+    """Where training checkpoints go, in a folder of the run's own."""
+    checkpoint_every_s: int = 300
+    max_bad_steps: int = 10
+    workers: int | None = None
+    shard_above: int = 1_000_000_000
 
 
 def train(
@@ -34,122 +49,186 @@ def train(
     features: Path,
     config: Stage,
     output: Path,
+    running: Running = Running(),
 ) -> None:
     """Train the model artefact ``parent`` as ``config`` says; write the artefact ``output``.
 
-    With it goes ``history.json``: about a hundred rows of step, samples, loss, its terms (means
-    since the row before), lr and images_per_s.
+    With it goes ``history.json``: about a hundred rows of step, samples, lr, loss and its terms (means
+    since the row before) and images_per_s. A run that was stopped or killed goes on from its newest
+    checkpoint, bit by bit as if it had not been.
 
     Raises:
-        DgmrError: the features are another teacher's, or the loss is no finite number any more.
+        DgmrError: the features are another teacher's or about other views, or too many steps had a
+            loss or gradient that is no finite number.
+        Stopped: by SIGTERM or SIGINT; a checkpoint has been saved.
     """
-    Manifest(features).check_teacher(artefact.provenance(teacher)["sha256"])
-    torch.manual_seed(config.seed)
-    where = device()
-    student = artefact.load(parent).to(where).train()
-    trained = _freeze_all_but(student, config.train)
-    pairs = Pairs(data, features, student)
-    order = PairOrder(len(pairs.images), pairs.views.count, config.samples, config.seed)
-    loader = DataLoader(
-        pairs, config.batch_size, sampler=order, num_workers=loader_workers(), drop_last=True
-    )
-    optimizer, schedule = _optimizer(student, config, steps=len(loader))
-    history = _History(rows_every=math.ceil(len(loader) / _HISTORY_ROWS))
+    with processes() as group, _stop_asked() as stop_asked:
+        _check_share(name, config, group)
+        manifest = Manifest(features)
+        manifest.check_teacher(artefact.provenance(teacher)["sha256"])
+        asked, shard_above = manifest.config, running.shard_above
+        student, skeleton = artefact.load(parent), artefact.skeleton(parent)
+        pairs = Pairs(data, features, student, verify=group.is_first)
+        wait_for_all(group)  # the first one verifies for all
+        transform = pairs.transform
+        learner = Learner(student, skeleton, config, asked, transform, group, shard_above)
+        online = None
+        if pairs.targets is None:
+            online = Teacher(artefact.load(teacher), asked, group, shard_above)
 
-    with progress(f"distill {name}", len(loader) * config.batch_size) as advance:
-        for step, (images, said) in enumerate(loader, start=1):
-            schedule.step_update(step)
-            with torch.autocast(where.type, torch.bfloat16, config.precision == "bfloat16"):
-                answer = outputs(student, images.to(where))
-            loss, terms = weighted(config.loss, answer, Outputs(*(t.to(where) for t in said)))
-            if not math.isfinite(loss.item()):
-                raise DgmrError(
-                    f"distill.stages.{name}: the loss is {loss.item()} at step {step}:"
-                    " lower lr, or train in float32."
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if config.clip_grad is not None:
-                nn.utils.clip_grad_norm_(trained, config.clip_grad)
-            optimizer.step()
-            history.add(step, len(images), optimizer.param_groups[0]["lr"], loss, terms)
-            advance(len(images))
+        run = running.runs / _run_key(parent, manifest, pairs, config)
+        steps = config.samples // config.batch_size
+        first, history, bad_steps = 0, History(steps), []
+        if found := checkpoints.newest(run):
+            learner.load(found.tensors())
+            first, bad_steps = found.step, found.about["bad_steps"]
+            history = History(steps, found.about["history"])
 
-    artefact.save(
-        output,
-        student.requires_grad_(True).eval().cpu(),
-        {
+        order = PairOrder(len(pairs.images), asked.views.count, config.seed)
+        loader = DataLoader(
+            pairs,
+            batch_size=None,  # the sampler gives batches
+            sampler=Batches(order, config.batch_size, range(first, steps), group.rank, group.size),
+            num_workers=loader_workers() if running.workers is None else running.workers,
+            worker_init_fn=_leave_signals_to_the_trainer,
+        )
+        saved_at = time.monotonic()
+        total, before = steps * config.batch_size, first * config.batch_size
+        batch: Batch
+        with progress(f"distill {name}", total, done=before) as advance:
+            for step, batch in enumerate(loader, start=first):
+                _seed(config.seed, step, group.rank)
+                is_due = time.monotonic() - saved_at >= running.checkpoint_every_s
+                asks = {"stop": stop_asked(), "save": group.is_first and is_due}
+                measured = learner.measure(batch, online, asks)
+                if measured.is_finite:
+                    learner.update(step, steps)
+                    history.add(measured.values, config.batch_size)
+                else:
+                    bad_steps.append(_bad_step(step, batch, measured, pairs, group))
+                    _write_down(name, bad_steps, run, running.max_bad_steps, group)
+
+                done = step + 1
+                history.end_step(done, done * config.batch_size, learner.lr)
+                advance(config.batch_size)
+                if measured.asks["save"] or measured.asks["stop"] or done == steps:
+                    about = {"history": history.state(), "bad_steps": bad_steps}
+                    checkpoints.save(run, done, learner.state(), about, group)
+                    saved_at = time.monotonic()
+                if measured.asks["stop"] and done < steps:
+                    raise Stopped(
+                        f"distill {name}: stopped after step {done} of {steps}, and saved; the same"
+                        " command goes on from there."
+                    )
+
+        provenance = {
             "stage": f"distill {name}",
             "parent_sha256": artefact.provenance(parent)["sha256"],
             "config": config.model_dump(mode="json"),
-            "samples": len(loader) * config.batch_size,
-        },
-        {HISTORY: history.finished()},
+            "samples": total,
+            "skipped_steps": len(bad_steps),
+        }
+        rows = history.finished(steps, total, learner.lr)
+        _save(output, artefact.skeleton(parent), learner, provenance, rows, group)
+        if group.is_first:
+            checkpoints.keep_last(run)
+
+
+def _check_share(name: str, config: Stage, group: Processes) -> None:
+    """Every process has to have an image in each of its passes."""
+    if config.batch_size < group.size * config.accumulate:
+        raise DgmrError(
+            f"distill.stages.{name}: a batch_size of {config.batch_size} cannot be shared by"
+            f" {group.size} processes in {config.accumulate} passes: raise it, or lower accumulate."
+        )
+
+
+def _run_key(parent: Path, manifest: Manifest, pairs: Pairs, config: Stage) -> str:
+    """Of everything that shapes the run; not how many processes share it."""
+    return key(
+        code("dgmr.distill.trainer"),
+        torch.__version__,
+        config.model_dump(mode="json"),
+        artefact.provenance(parent)["sha256"],
+        manifest.about,
+        manifest.config.model_dump(mode="json", include={"cache", "views"}),
+        manifest.target_hashes,
+        [shard.sha256 for shard in pairs.images.shards],
     )
 
 
-def _freeze_all_but(student: nn.Module, what: str) -> list[nn.Parameter]:
-    """Let only the named parameters learn; return them."""
-    if what == "mlp":
-        student.requires_grad_(False)
-        for mlp in mlps(student).values():
-            mlp.module.requires_grad_(True)
-    return [parameter for parameter in student.parameters() if parameter.requires_grad]
+def _seed(seed: int, step: int, rank: int) -> None:
+    """Random numbers, of dropout say, are a function of the step, so none of their states is saved."""
+    torch.manual_seed(int(key(seed, step, rank), 16))
 
 
-def _optimizer(
-    student: nn.Module, config: Stage, steps: int
-) -> tuple[Optimizer, CosineLRScheduler]:
-    """AdamW; its learning rate rises from 0 in a line, then falls in a cosine, in all ``steps``."""
-    optimizer = create_optimizer_v2(
-        student, "adamw", lr=config.lr, weight_decay=config.weight_decay
-    )
-    warmup = round(config.warmup * steps)
-    schedule = CosineLRScheduler(
-        optimizer,
-        t_initial=max(steps - warmup, 1),
-        lr_min=min(config.min_lr, config.lr),
-        warmup_t=warmup,
-        warmup_lr_init=0.0,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
-    return optimizer, schedule
+@contextlib.contextmanager
+def _stop_asked() -> Iterator[Callable[[], bool]]:
+    """Within the block SIGTERM and SIGINT are noted, the first of each; tells whether one came."""
+    received: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, _frame: object) -> None:
+        received.append(number)
+        signal.signal(number, before[number])  # a second one is meant
+
+    for asking in (signal.SIGTERM, signal.SIGINT):
+        before[asking] = signal.signal(asking, note)
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-class _History:
-    """Means of the loss and its terms over every ``rows_every`` steps."""
+def _leave_signals_to_the_trainer(_worker: int) -> None:
+    """They go to all processes of a job; what the loader has begun is still wanted."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
-    def __init__(self, rows_every: int) -> None:
-        self.rows_every = rows_every
-        self.rows: list[dict[str, Any]] = []
-        self._clear()
-        self.samples = 0
 
-    def _clear(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._steps, self._images, self._since = 0, 0, time.perf_counter()
+def _bad_step(
+    step: int, batch: Batch, measured: Measured, pairs: Pairs, group: Processes
+) -> dict[str, Any]:
+    """What can be told of a step that is skipped."""
+    seen = gathered(batch.pairs, group)
+    return {
+        "step": step + 1,
+        "loss": str(measured.values["loss"]),
+        "gradient_norm": str(measured.gradient_norm),
+        "pairs": [{"key": pairs.images.keys[index], "view": view} for index, view in seen],
+    }
 
-    def add(
-        self, step: int, images: int, lr: float, loss: Tensor, terms: dict[str, Tensor]
-    ) -> None:
-        self._steps += 1
-        self._images += images
-        self.samples += images
-        for name, value in {"loss": loss, **terms}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.item()
-        self._last = {"step": step, "samples": self.samples, "lr": lr}
-        if self._steps == self.rows_every:
-            self._close_row()
 
-    def _close_row(self) -> None:
-        means = {name: total / self._steps for name, total in self._sums.items()}
-        speed = self._images / (time.perf_counter() - self._since)
-        self.rows.append({**self._last, **means, "images_per_s": speed})
-        self._clear()
+def _write_down(
+    name: str, bad_steps: list[dict[str, Any]], run: Path, most: int, group: Processes
+) -> None:
+    if group.is_first:
+        write_json(run / BAD_STEPS, bad_steps)
+    if len(bad_steps) > most:
+        last = bad_steps[-1]
+        raise DgmrError(
+            f"distill.stages.{name}: the loss is {last['loss']} and the gradient's norm"
+            f" {last['gradient_norm']} at step {last['step']}, the {len(bad_steps)}. step to be"
+            f" skipped, and distill.max_bad_steps is {most}: lower lr, or train in float32;"
+            f" {run / BAD_STEPS} names the images."
+        )
 
-    def finished(self) -> list[dict[str, Any]]:
-        """All rows, the last of which may stand for fewer steps."""
-        if self._steps:
-            self._close_row()
-        return self.rows
+
+def _save(
+    output: Path,
+    skeleton: TimmModel,
+    learner: Learner,
+    provenance: dict[str, Any],
+    rows: list[dict[str, Any]],
+    group: Processes,
+) -> None:
+    """The first process writes, and all give their parts of what is sharded."""
+    named = dict(learner.result())
+    if not group.is_first:
+        for tensor in named.values():
+            whole(tensor)
+        return
+    layout = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in named.items()}
+    tensors = ((name, whole(tensor)) for name, tensor in named.items())
+    artefact.save(output, skeleton, provenance, {HISTORY: rows}, (layout, tensors))

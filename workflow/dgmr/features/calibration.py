@@ -38,8 +38,9 @@ def compute(teacher: Path, data: Path, config: Features, output: Path) -> None:
                 chosen = some_tokens(value, config.calibration.tokens, generator)
                 if name not in files:
                     shape = [count_of(images), *chosen.shape[1:]]
-                    files[name] = Rows(folder / f"{name}.safetensors", "inputs", shape, origin)
-                files[name].add(chosen)
+                    layout = {"inputs": torch.empty(shape, device="meta")}
+                    files[name] = Rows(folder / f"{name}.safetensors", layout, origin)
+                files[name].add({"inputs": chosen})
             advance(len(batch))
         for file in files.values():
             file.close()

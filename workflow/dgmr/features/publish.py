@@ -1,15 +1,14 @@
 """List the features under ``work/`` in ``results/features/manifest.json``, with their hashes."""
 
-import json
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
-
-from dgmr import artefact
+from dgmr import artefact, targets, weights
 from dgmr.errors import DgmrError
-from dgmr.files import ORIGIN, sha256, write_json
+from dgmr.files import sha256, write_json
 from dgmr.params import Features
 from dgmr.shards import MANIFEST
+from dgmr.views import ViewTransform
 
 
 def publish(
@@ -18,18 +17,19 @@ def publish(
     """Write the manifest to ``output``; the files stay where they are.
 
     Raises:
-        DgmrError: a file was made by another teacher.
+        DgmrError: a file was made by another teacher, or of other views.
     """
     teacher_sha256 = artefact.provenance(teacher)["sha256"]
+    transform = ViewTransform.for_model(artefact.skeleton(teacher), config.views)
+    about = targets.about(teacher_sha256, transform.about(), config)
     files = [path for folder in target_folders for path in _files(folder)]
-    listed_targets = _listed(files, teacher_sha256)
-    listed_calibration = _listed(_files(calibration), teacher_sha256)
+    listed_targets = _listed(files, about)
+    listed_calibration = _listed(_files(calibration), {"teacher_sha256": teacher_sha256})
     write_json(
         output / MANIFEST,
         {
-            "teacher_sha256": teacher_sha256,
-            "views": config.views.model_dump(mode="json"),
-            "dtype": config.dtype,
+            "about": about,
+            "config": config.model_dump(mode="json"),
             "targets": listed_targets,
             "calibration": listed_calibration,
         },
@@ -50,16 +50,16 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def _listed(paths: list[Path], teacher_sha256: str) -> dict[str, dict[str, str]]:
-    """By file name: path, hash and what the file says it was made from."""
+def _listed(paths: list[Path], about: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """By file name: path, hash and what the file says of itself beyond ``about``, in which all agree."""
     listed = {}
     for path in paths:
-        with safe_open(path, framework="pt") as file:
-            origin: dict[str, str] = json.loads(file.metadata()[ORIGIN])
-        if origin["teacher_sha256"] != teacher_sha256:
+        origin = weights.origin(path) or {}
+        if any(origin.get(name) != value for name, value in about.items()):
             raise DgmrError(
-                f"{path} was made by another teacher than results/teacher holds: delete its folder"
-                " and run snakemake again."
+                f"{path} is damaged, or was made by another teacher or of other views than"
+                " results/teacher and params.yaml say: delete its folder and run snakemake again."
             )
-        listed[path.name] = {"path": str(path), "sha256": sha256(path), **origin}
+        own = {name: value for name, value in origin.items() if name not in about}
+        listed[path.name] = {"path": str(path), "sha256": sha256(path), **own}
     return listed

@@ -27,8 +27,8 @@ from dgmr.streaming import in_step, streamed
 from dgmr.targets import Manifest
 
 
-class _Plan(NamedTuple):
-    """What is to be kept of the teacher."""
+class Plan(NamedTuple):
+    """What is to be kept of a model."""
 
     weights_sha256: str
     found: dict[str, PrunableMlp]
@@ -78,7 +78,6 @@ def compute(
     write_json(output / f"part-{part}-of-{config.parts}.json", report)
 
 
-@torch.inference_mode()
 def compute_sequential(
     teacher: Path, orders: Path, data: Path, features: Features, config: Prune, output: Path
 ) -> None:
@@ -88,15 +87,27 @@ def compute_sequential(
     as a single part.
     """
     plan = _planned(teacher, orders, config)
+    report = sequential(plan, teacher, data, features, output)
+    write_json(output / "part-0-of-1.json", report)
+
+
+@torch.inference_mode()
+def sequential(
+    plan: Plan, source: Path, data: Path, features: Features, output: Path
+) -> dict[str, Any]:
+    """As :func:`compute_sequential`, for a ``plan`` of what is kept of the model artefact ``source``.
+
+    Gives ridge and errors by MLP, and writes no part file.
+    """
     where = device()
-    model = streamed(teacher, where)
+    model = streamed(source, where)
     batches = [batch.to(where) for batch in calibration_images(data, model, features)]
     report: dict[str, Any] = {}
 
     def answer(name: str, inputs: list[Tensor]) -> list[Tensor]:
-        # The first half of the passes is the teacher, the second the student.
+        # The first half of the passes is the source, the second the pruned model.
         taught, own = inputs[: len(batches)], inputs[len(batches) :]
-        dense = Block(teacher, name, plan.found[name]).mlp()
+        dense = Block(source, name, plan.found[name]).mlp()
         dense.module.to(where)
         said = [dense.module(value) for value in taught]
         advance(1)
@@ -119,7 +130,7 @@ def compute_sequential(
                     tokens = joined[of_held_out == held_out].flatten(0, 1)
                     wanted, given = tokens.split([dense.out_features, dense.in_features], 1)
                     _add(squares, wanted, pruned, given, held_out)
-            _save(_solved(squares, name, config), pruned, plan.origin(name), path)
+            _save(_solved(squares, name, plan.config), pruned, plan.origin(name), path)
         refit = _load(path)
         pruned.module.fc2.load_state_dict(
             {part: value for part, value in refit._asdict().items() if value is not None}
@@ -129,7 +140,7 @@ def compute_sequential(
 
     with progress("sequential refits", len(plan.found), "MLPs") as advance:
         in_step(model, [*batches, *batches], answer)
-    write_json(output / "part-0-of-1.json", report)
+    return report
 
 
 class Refits(Mapping[str, Refit]):
@@ -148,11 +159,11 @@ class Refits(Mapping[str, Refit]):
         return len(self._paths)
 
 
-def _planned(teacher: Path, orders: Path, config: Prune) -> _Plan:
+def _planned(teacher: Path, orders: Path, config: Prune) -> Plan:
     weights_sha256 = artefact.provenance(teacher)["sha256"]
     skeleton = artefact.skeleton(teacher)
     order_of = block_orders.load(orders, weights_sha256)
-    return _Plan(weights_sha256, mlps(skeleton), widths.kept(skeleton, config, order_of), config)
+    return Plan(weights_sha256, mlps(skeleton), widths.kept(skeleton, config, order_of), config)
 
 
 def _squares(pruned: PrunableMlp) -> LeastSquares:

@@ -10,9 +10,9 @@ from torch import Tensor
 from dgmr.errors import DgmrError
 from dgmr.mlps import PrunableMlp, mlps
 from dgmr.models import TimmModel, count_parameters
-from dgmr.params import Prune
+from dgmr.params import Prune, Stage, StagePrune
 from dgmr.prune.methods import Order
-from dgmr.prune.model import check_widths
+from dgmr.prune.model import build, check_widths
 
 
 def reach(mlp: PrunableMlp, max_ratio: float) -> int:
@@ -53,14 +53,62 @@ def resolve(
         widths.setdefault(name, mlp.hidden_features)
         if widths[name] < mlp.hidden_features:
             widths[name] = _rounded(widths[name], config.round_to, mlp.hidden_features)
-        if reach(mlp, config.max_ratio) < widths[name] < mlp.hidden_features:
-            raise DgmrError(
-                f"prune: {name} would keep {widths[name]} hidden units, but prune.max_ratio"
-                f" {config.max_ratio:g} orders only {reach(mlp, config.max_ratio)}: raise it to at"
-                f" least {_ratio_for(widths[name], mlp.in_features):g}."
-            )
+        _check_reach(name, mlp, widths[name], config.max_ratio)
     check_widths(found, widths)
     return {name: widths[name] for name in found}
+
+
+def shrunk(model: TimmModel, stage: StagePrune, config: Prune) -> dict[str, int]:
+    """Hidden units of every MLP of ``model`` once it is pruned further, as a stage wants it.
+
+    Raises:
+        DgmrError: there are not so many blocks, or an MLP has fewer hidden units already.
+    """
+    found = mlps(model)
+    names = [n for n, mlp in found.items() if not mlp.in_pool_head]
+    if stage.blocks is not None:
+        first, last = stage.blocks
+        if last >= len(names):
+            raise DgmrError(
+                f"distill: a stage prunes the blocks {first} to {last}, but the model's are 0 to"
+                f" {len(names) - 1}."
+            )
+        names = names[first : last + 1]
+    elif config.include_pool_head:
+        names = list(found)
+    widths = {name: mlp.hidden_features for name, mlp in found.items()}
+    for name in names:
+        mlp = found[name]
+        wanted = int(stage.ratio * mlp.in_features)
+        if wanted > mlp.hidden_features:
+            raise DgmrError(
+                f"distill: a stage prunes {name} to {wanted} hidden units, but it has only"
+                f" {mlp.hidden_features} left by then: lower the stage's prune.ratio."
+            )
+        widths[name] = _rounded(wanted, config.round_to, mlp.hidden_features)
+        _check_reach(name, mlp, widths[name], config.max_ratio)
+    check_widths(found, widths)
+    return widths
+
+
+def students(
+    teacher: TimmModel, config: Prune, stages: Mapping[str, Stage]
+) -> dict[str, TimmModel]:
+    """The pruned model and what each stage leaves, by name, on the meta device.
+
+    With a budget, as if all hidden units gained alike.
+
+    Raises:
+        DgmrError: a width is impossible.
+    """
+    with torch.device("meta"):
+        student = build(teacher, resolve(mlps(teacher), config, count_parameters(teacher)))
+        found = {"pruned": student}
+        for name, stage in stages.items():
+            if stage.prune is not None:
+                student = build(student, shrunk(student, stage.prune, config))
+            found[name] = student
+    return found
 
 
 def kept(skeleton: TimmModel, config: Prune, orders: Mapping[str, Order]) -> dict[str, Tensor]:
@@ -73,6 +121,15 @@ def kept(skeleton: TimmModel, config: Prune, orders: Mapping[str, Order]) -> dic
         for name, width in resolve(found, config, params, gains).items()
         if width < found[name].hidden_features
     }
+
+
+def _check_reach(name: str, mlp: PrunableMlp, width: int, max_ratio: float) -> None:
+    if reach(mlp, max_ratio) < width < mlp.hidden_features:
+        raise DgmrError(
+            f"prune: {name} would keep {width} hidden units, but prune.max_ratio {max_ratio:g} orders"
+            f" only {reach(mlp, max_ratio)}: raise it to at least"
+            f" {_ratio_for(width, mlp.in_features):g}."
+        )
 
 
 def _ratio_for(width: int, in_features: int) -> float:

@@ -1,0 +1,82 @@
+"""What is asked of a model for the distillation: the teacher and the student give the same tensors.
+
+::
+
+    pooled         [B, D]      class token or pooled tokens, as the classifier receives them
+    patch_tokens   [B, T', D]  every k-th patch token of the last block
+    blocks.<i>     [B, T, N]   all output tokens of block i
+
+B: batch, D: embed dim, T: tokens.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dgmr.errors import DgmrError
+from dgmr.mlps import blocks
+from dgmr.models import TimmModel, input_size, outputs
+from dgmr.params import Features
+
+POOLED, PATCH_TOKENS, BLOCK = "pooled", "patch_tokens", "blocks."
+
+
+class Answers(nn.Module):
+    """A timm model whose forward pass gives what the section ``features`` asks for, by name."""
+
+    def __init__(self, model: TimmModel, config: Features) -> None:
+        """Wrap ``model``, which stays as it is but for hooks on the blocks asked for.
+
+        Raises:
+            DgmrError: it has no such block.
+        """
+        super().__init__()
+        self.model = model
+        self.every = config.patch_tokens
+        self._said: dict[str, Tensor] = {}
+        found = list(blocks(model).values())
+        for index in config.blocks:
+            if index >= len(found):
+                raise DgmrError(
+                    f"features.blocks: there is no block {index}; the model's are 0 to {len(found) - 1}."
+                )
+            found[index].register_forward_hook(self._recorder(f"{BLOCK}{index}"))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """The answers to normalised ``images`` ``[B, C, H, W]``."""
+        self._said = {}
+        said = outputs(self.model, images)
+        answers = {POOLED: said.pooled}
+        if self.every is not None:
+            answers[PATCH_TOKENS] = said.patch_tokens[:, :: self.every]
+        answers |= self._said
+        self._said = {}
+        return answers
+
+    def _recorder(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def record(_block: nn.Module, _arguments: object, output: Tensor) -> None:
+            # Swin's are [B, H, W, N].
+            self._said[name] = output.reshape(len(output), -1, output.shape[-1])
+
+        return record
+
+
+def layout(model: TimmModel, config: Features) -> dict[str, Tensor]:
+    """The answers to one image, on the meta device: names and shapes ``[1, ...]``.
+
+    ``model`` is on the meta device.
+    """
+    with torch.no_grad():
+        answers: dict[str, Tensor] = Answers(model, config)(
+            torch.zeros(1, *input_size(model), device="meta")
+        )
+    return answers
+
+
+def bytes_per_view(model: TimmModel, config: Features) -> int:
+    """What the targets of one (sample, view) take on disk; ``model`` is on the meta device."""
+    numbers = sum(tensor.numel() for tensor in layout(model, config).values())
+    itemsize: int = getattr(torch, config.dtype).itemsize
+    return numbers * itemsize + (math.prod(input_size(model)) if config.pixels else 0)

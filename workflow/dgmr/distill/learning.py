@@ -1,0 +1,100 @@
+"""What of the student learns, by which optimizer, how fast."""
+
+import math
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torch.optim import Optimizer
+
+from dgmr.answers import Answers
+from dgmr.distill.losses import weighted
+from dgmr.errors import DgmrError
+from dgmr.mlps import blocks, mlps
+from dgmr.models import TimmModel, input_size
+from dgmr.params import Features, OnlyBlocks, Stage
+
+
+def learned(skeleton: TimmModel, config: Stage, features: Features) -> set[str]:
+    """Names of the parameters that a stage trains; ``skeleton`` is the student on the meta device.
+
+    Those among ``config.train`` on which the loss depends: a classifier, say, keeps the teacher's weights.
+
+    Raises:
+        DgmrError: there is none, or the student has not so many blocks.
+    """
+    skeleton.requires_grad_(True).zero_grad()
+    answers = Answers(skeleton, features)(torch.zeros(1, *input_size(skeleton), device="meta"))
+    loss, _ = weighted(config.loss, answers, {n: t.detach() for n, t in answers.items()})
+    loss.backward()
+    reached = {name for name, p in skeleton.named_parameters() if p.grad is not None}
+    found = reached & named(skeleton, config)
+    if not found:
+        raise DgmrError("distill: no parameter that the stage trains has a part in its loss.")
+    return found
+
+
+def named(model: nn.Module, config: Stage) -> set[str]:
+    """Names of the parameters that ``config.train`` names.
+
+    Raises:
+        DgmrError: the model has not so many blocks.
+    """
+    modules: list[nn.Module]
+    if isinstance(config.train, OnlyBlocks):
+        first, last = config.train.blocks
+        found = list(blocks(model).values())
+        if last >= len(found):
+            raise DgmrError(
+                f"distill: train names the blocks {first} to {last}, but the student's are 0 to"
+                f" {len(found) - 1}."
+            )
+        modules = found[first : last + 1]
+    elif config.train == "all":
+        modules = [model]
+    else:
+        modules = [mlp.module for mlp in mlps(model).values()]
+        if config.train == "mlp+norm":
+            modules += [m for m in model.modules() if "Norm" in type(m).__name__]
+    chosen = {id(p) for module in modules for p in module.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in chosen}
+
+
+def optimizer(student: nn.Module, config: Stage) -> Optimizer:
+    """AdamW over the parameters of ``student`` that require gradients; biases and scales do not decay."""
+    found: Optimizer = create_optimizer_v2(
+        student,
+        "adamw",
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        betas=config.betas,
+        fused=True,
+    )
+    return found
+
+
+def schedule(optimizer: Optimizer, config: Stage, step: int, steps: int) -> None:
+    """Set learning rate and weight decay of ``step`` of ``steps``, counted from 0."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step, steps)
+        if group["weight_decay"]:
+            group["weight_decay"] = weight_decay(config, step, steps)
+
+
+def learning_rate(config: Stage, step: int, steps: int) -> float:
+    """From 0 to ``lr`` in a line, reached at the end of the warm-up; then to ``min_lr`` in a cosine."""
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return _cosine(config.lr, min(config.min_lr, config.lr), (step - warmup) / (steps - warmup))
+
+
+def weight_decay(config: Stage, step: int, steps: int) -> float:
+    """From ``weight_decay`` to ``end_weight_decay`` in a cosine over the whole stage."""
+    if config.end_weight_decay is None:
+        return config.weight_decay
+    return _cosine(config.weight_decay, config.end_weight_decay, step / steps)
+
+
+def _cosine(start: float, end: float, part: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
