@@ -95,14 +95,10 @@ class Bench:
             sequential=compensation == "sequential",
         )
         with TemporaryDirectory(dir=self.folder) as name:
-            work = Path(name)
-            if compensation == "least_squares":
-                refits.compute(self.teacher, order, features.folder / "room", config, 0, work)
-            elif compensation == "sequential":
-                refits.compute_sequential(self.teacher, order, DATA, features.config, config, work)
-            assemble(self.teacher, order, sorted(work.glob("part-*.json")), config, work / "out")
-            blocks = json.loads((work / "out" / "blocks.json").read_text())
-            said, top1 = self.said(artefact.load(work / "out"))
+            out = Path(name, "out")
+            self.assembled(config, features, order, out)
+            blocks = json.loads((out / "blocks.json").read_text())
+            said, top1 = self.said(artefact.load(out))
         mse = sum((a - b).square().mean().item() for a, b in zip(said, self.wanted, strict=True))
         return {
             "method": method,
@@ -113,6 +109,16 @@ class Bench:
             "top1": top1,
             "block_errors": [block.get("error_refit") for block in blocks.values()],
         }
+
+    def assembled(self, config: Prune, features: "Calibrated", order: Path, output: Path) -> None:
+        """Write the pruned student as the prune room does."""
+        with TemporaryDirectory(dir=self.folder) as name:
+            work = Path(name)
+            if config.sequential:
+                refits.compute_sequential(self.teacher, order, DATA, features.config, config, work)
+            elif config.compensate == "least_squares":
+                refits.compute(self.teacher, order, features.folder / "room", config, 0, work)
+            assemble(self.teacher, order, sorted(work.glob("part-*.json")), config, output)
 
     def in_blocks(self, method: str) -> float:
         """The least variance that picking in blocks explains over picking one by one, by any width."""

@@ -67,8 +67,9 @@ def make_features(teacher: Path, block: str, tokens: int, folder: Path) -> None:
     calibration.mkdir(parents=True)
     dim = mlps(artefact.skeleton(teacher))[block].in_features
     shape = [tokens // 256, 256, dim]
-    rows = Rows(calibration / f"{block}.safetensors", "inputs", shape, {ORIGIN: json.dumps(origin)})
-    rows.add(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    layout = {"inputs": torch.empty(shape, device="meta")}
+    rows = Rows(calibration / f"{block}.safetensors", layout, {ORIGIN: json.dumps(origin)})
+    rows.add({"inputs": torch.randn(shape, generator=torch.Generator().manual_seed(1))})
     rows.close()
     publish(teacher, [], calibration, Features(), folder / "room")
 

@@ -413,7 +413,7 @@ def report(
     from dgmr.report.page import report
 
     resolved = params.section(params.Params, config)
-    report(results, list(resolved.distill.stages), resolved.model_dump(mode="json"), results)
+    report(results, list(resolved.distill.stages), resolved.shaping(), results)
 
 
 @app.command()

@@ -414,6 +414,10 @@ class Stage(Section):
         return self
 
 
+# Keys of the section distill that say how stages are run, not what comes out.
+RUNNING = {"max_bad_steps", "checkpoint_every_s", "processes", "workers", "shard_above"}
+
+
 class Distill(Section):
     """Stages of distillation, in this order, and how they are run."""
 
@@ -471,6 +475,10 @@ class Params(Section):
     distill: Distill
     evaluate: Evaluate = Evaluate()
     mlflow: Mlflow = Mlflow()
+
+    def shaping(self) -> dict[str, Any]:
+        """All that shapes what comes out, as JSON: neither how stages are run nor where is logged."""
+        return self.model_dump(mode="json", exclude={"mlflow": True, "distill": RUNNING})
 
     @model_validator(mode="after")
     def _enough_to_hold_out(self) -> Self:

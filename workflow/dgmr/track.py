@@ -202,7 +202,7 @@ class _Chain:
             found.experiment_id if found else self.client.create_experiment(name, artifacts)
         )
         # Without where to log: it changes no result, and a URI may hold a password.
-        resolved = params.model_dump(mode="json", exclude={"mlflow"})
+        resolved = params.shaping()
         tag = {"dgmr.params_key": key(resolved)}
         run = next(iter(self._runs(tag)), None) or self.client.create_run(
             self.experiment, tags=tag | self.code, run_name=f"chain {key(resolved)}"

@@ -19,7 +19,7 @@ rule check:
         "../../envs/dgmr.yaml"
     threads: 64
     params:
-        config=PARAMS.model_dump_json(exclude={"evaluate", "mlflow"}),
+        config=json.dumps(SHAPING | {"evaluate": {}}),
         targets=lambda wildcards: TARGETS,
         code=code("dgmr.check"),
     message:

@@ -3,6 +3,7 @@
 # A rule hands its stage just the section it reads, as JSON among the rule's params, so a changed knob
 # reruns its readers only; the stage's code is a hash among them, for Snakemake does not see imports.
 
+import json
 import os
 import sys
 
@@ -29,6 +30,7 @@ os.environ.update(
 )
 
 CHECKED = "work/check.json"
+SHAPING = PARAMS.shaping()
 JOBS = PARAMS.data.jobs
 STAGES = PARAMS.distill.stages
 FOLDERS = {"teacher": "results/teacher", "pruned": "results/prune"} | {

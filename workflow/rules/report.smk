@@ -22,7 +22,7 @@ rule report:
     conda:
         "../../envs/dgmr.yaml"
     params:
-        config=PARAMS.model_dump_json(exclude={"mlflow"}),
+        config=json.dumps(SHAPING),
         results=folder_of("output"),
         code=code("dgmr.report.page"),
     message:

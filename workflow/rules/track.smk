@@ -9,7 +9,8 @@ ROOMS = {
     "evaluate": rules.evaluate.input,
     "report": rules.report.output,
 }
-TRACK_KEY = key(code("dgmr.track"), PARAMS.model_dump_json())
+TRACK_CONFIG = json.dumps(SHAPING | {"mlflow": PARAMS.mlflow.model_dump()})
+TRACK_KEY = key(code("dgmr.track"), TRACK_CONFIG)
 TRACKED = (
     expand(f"work/track/{TRACK_KEY}/{{room}}.json", room=ROOMS)
     if PARAMS.mlflow.tracking_uri
@@ -35,7 +36,7 @@ rule track:
     conda:
         "../../envs/dgmr.yaml"
     params:
-        config=PARAMS.model_dump_json(),
+        config=TRACK_CONFIG,
     message:
         "Telling MLflow about {wildcards.room}"
     shell:

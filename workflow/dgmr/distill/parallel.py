@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dgmr import models
 from dgmr.answers import Answers
+from dgmr.errors import DgmrError
 from dgmr.mlps import blocks
 from dgmr.models import count_parameters
 
@@ -38,9 +39,17 @@ def launch(count: int) -> None:
     """Replace this process by torchrun with ``count`` processes of the same command.
 
     Returns where there is nothing to be launched: one process, or already one of torchrun's.
+
+    Raises:
+        DgmrError: the machine has accelerators, but not so many.
     """
     if count == 1 or distributed.is_torchelastic_launched():
         return
+    if 0 < torch.accelerator.device_count() < count:
+        raise DgmrError(
+            f"distill: {count} processes want an accelerator each, but this machine has"
+            f" {torch.accelerator.device_count()}: lower distill.processes, or the job's gpu."
+        )
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     command = [sys.executable, *torchrun, "-m", "dgmr", *sys.argv[1:]]
     # They share the threads of this one.

@@ -1,6 +1,7 @@
 """One stage of distillation: the student learns to answer what the frozen teacher answered."""
 
 import contextlib
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from dgmr.params import Stage
 from dgmr.progress import progress
 from dgmr.targets import Manifest
 
+log = logging.getLogger(__name__)
 HISTORY = "history.json"
 BAD_STEPS = "bad_steps.json"
 
@@ -83,6 +85,8 @@ def train(
             learner.load(found.tensors())
             first, bad_steps = found.step, found.about["bad_steps"]
             history = History(steps, found.about["history"])
+            if group.is_first:
+                log.info("distill %s: going on after step %d of %d", name, first, steps)
 
         order = PairOrder(len(pairs.images), asked.views.count, config.seed)
         loader = DataLoader(
