@@ -11,10 +11,10 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-.PHONY: help install run test test-prune lint ui demo-teacher schema lock bench-recipe bench-prune bench-methods bench-minilm
+.PHONY: help install run test test-prune test-resume test-distributed lint ui demo-teacher schema lock bench-distill bench-prune bench-methods bench-minilm
 
 help: ## List the targets.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 install: .venv/installed ## Make .venv from requirements.lock.
 
@@ -37,8 +37,9 @@ ui: install ## Open MLflow's pages on what was logged.
 demo-teacher: install ## Train the demo teacher anew (about an hour on two cores).
 	$(BIN)/snakemake --cores all train_demo_teacher
 
-bench-recipe: install ## Samples the plain recipe needs to match the compensated one.
-	$(BIN)/python benchmarks/recipe.py
+bench-distill: install ## The feature cache, the trainer and the recipes; last line JSON (half an hour).
+	$(BIN)/snakemake --cores all --quiet all -- distill
+	$(BIN)/python benchmarks/distill.py
 
 bench-prune: install ## The prune room's speed, memory and error; last line JSON (45 minutes, 25 GB of disk).
 	$(BIN)/snakemake --cores all --quiet all -- data
@@ -53,6 +54,12 @@ bench-minilm: install ## The selection methods on a pretrained text encoder, whi
 
 test-prune: install ## The prune room's proofs at full size (30 minutes, 25 GB of disk).
 	$(BIN)/python -m pytest -m "slow or not slow" tests/prune
+
+test-resume: install ## Training killed at random moments ends bit by bit as if it had not been.
+	$(BIN)/python -m pytest -m "slow or not slow" tests/distill/test_resume.py
+
+test-distributed: install ## Several processes train as one does.
+	$(BIN)/python -m pytest -m "slow or not slow" tests/distill/test_distributed.py
 
 schema: install ## Write workflow/schemas/params.schema.json from dgmr.params.
 	$(BIN)/dgmr schema > workflow/schemas/params.schema.json

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import namedtuple
 
 import huggingface_hub.constants
 import pyarrow as pa
@@ -14,10 +15,11 @@ from dgmr import artefact
 from dgmr.check import check, teacher_skeleton
 from dgmr.errors import DgmrError
 from dgmr.files import read_json
-from dgmr.params import Data, Prune, Teacher
+from dgmr.params import Params, Teacher
 from pictures import encoded
 
 FASHION = {"urls": "file", "n_samples": 10}
+STAGE = {"train": "all", "samples": 64, "lr": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +41,22 @@ def table(tmp_path):
     return path
 
 
-def run(tmp_path, model, ratio=1.0, data=FASHION, checkpoint=None):
-    data = Data.model_validate(FASHION | data)
-    prune = Prune(ratio=ratio, max_ratio=max(2.0, ratio))
-    check(Teacher(model=model, checkpoint=checkpoint), data, prune, tmp_path / "check.json")
+def run(tmp_path, model, ratio=1.0, data=None, checkpoint=None, **sections):
+    """``sections`` of params, and ``stages``."""
+    values = {
+        "teacher": {"model": model, "checkpoint": checkpoint},
+        "data": FASHION | (data or {}),
+        "prune": {"ratio": ratio, "max_ratio": max(2.0, ratio)},
+        "distill": {"stages": sections.pop("stages", {"only": STAGE})},
+    }
+    config = Params.model_validate(values | sections)
+    check(config, tmp_path / "work" / "targets", tmp_path / "check.json")
     return read_json(tmp_path / "check.json")
 
 
 def refused(tmp_path, *arguments, **more):
     """The one sentence; nothing is written."""
+    (tmp_path / "check.json").unlink(missing_ok=True)
     with pytest.raises(DgmrError) as error:
         run(tmp_path, *arguments, **more)
     assert not (tmp_path / "check.json").exists()
@@ -220,8 +229,7 @@ def test_ratio_that_leaves_no_neuron(tmp_path, vit):
     "prune", [{"keep": 0.3}, {"hidden_features": {"blocks.1.mlp": 3}}, {"budget": 0.6}]
 )
 def test_widths_may_be_given_in_other_ways(tmp_path, vit, prune):
-    check(Teacher(model=vit), Data.model_validate(FASHION), Prune(**prune), tmp_path / "check.json")
-    assert (tmp_path / "check.json").exists()
+    assert run(tmp_path, vit, prune=prune)
 
 
 @pytest.mark.parametrize(
@@ -233,10 +241,7 @@ def test_widths_may_be_given_in_other_ways(tmp_path, vit, prune):
     ],
 )
 def test_widths_that_cannot_be(tmp_path, vit, prune, says):
-    data = Data.model_validate(FASHION)
-    with pytest.raises(DgmrError) as error:
-        check(Teacher(model=vit), data, Prune(**prune), tmp_path / "check.json")
-    assert says in str(error.value) and not (tmp_path / "check.json").exists()
+    assert says in refused(tmp_path, vit, prune=prune)
 
 
 def test_teacher_of_another_number_of_channels(tmp_path):
@@ -253,6 +258,133 @@ def test_teacher_of_another_number_of_channels(tmp_path):
     name = f"local-dir:{tmp_path / 'gray'}"
     wanted = f"teacher.model: {name} takes 1 channels; images come as RGB, so it must take 3."
     assert refused(tmp_path, name) == wanted
+
+
+# What the teacher is asked, and what the stages train and prune
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_can_be_asked_and_trained(tmp_path, family):
+    model = tiny.FAMILIES[family]()
+    artefact.save(tmp_path / "teacher", model, {})
+    kinds = ("mlp", "mlp+norm", "all", {"blocks": [0, 0]})
+    loss = {"pooled": 1, "patch_tokens": 1, "blocks": 1}
+    stages = {f"stage{i}": STAGE | {"train": kind, "loss": loss} for i, kind in enumerate(kinds)}
+    asked = {"blocks": [0], "patch_tokens": 2}
+    assert run(tmp_path, f"local-dir:{tmp_path / 'teacher'}", features=asked, stages=stages)
+
+
+def test_a_block_asked_for_that_the_teacher_lacks(tmp_path, vit):
+    assert run(tmp_path, vit, features={"blocks": [0, 1]})
+    assert refused(tmp_path, vit, features={"blocks": [0, 2]}) == (
+        "features.blocks: there is no block 2; the model's are 0 to 1."
+    )
+    sentence = refused(tmp_path, vit, features={"blocks": [0, 2], "cache": "none"})
+    assert "there is no block 2" in sentence
+
+
+def test_a_stage_that_trains_blocks_the_student_lacks(tmp_path, vit):
+    stages = {"first": STAGE, "second": STAGE | {"train": {"blocks": [0, 1]}}}
+    assert run(tmp_path, vit, stages=stages)
+    stages["second"]["train"]["blocks"] = [1, 2]
+    assert refused(tmp_path, vit, stages=stages) == (
+        "distill.stages.second.train: there are no blocks 1 to 2; the student's are 0 to 1."
+    )
+
+
+def test_a_stage_that_trains_what_its_loss_does_not_see(tmp_path, vit):
+    loss = {"pooled": 0, "patch_tokens": 0, "blocks": 1}
+    stages = {"late": STAGE | {"train": {"blocks": [1, 1]}, "loss": loss}}
+    assert refused(tmp_path, vit, stages=stages, features={"blocks": [0]}) == (
+        "distill.stages.late.train: no parameter that it names has a part in the stage's loss."
+    )
+    assert run(tmp_path, vit, stages=stages, features={"blocks": [0, 1]})
+
+
+def test_a_stage_that_prunes_to_more_than_is_left(tmp_path, vit):
+    def stages(*ratios):
+        return {f"stage{i}": STAGE | {"prune": {"ratio": r}} for i, r in enumerate(ratios)}
+
+    assert run(tmp_path, vit, ratio=1.5, stages=stages(1.5, 1.0, 0.5))
+    assert refused(tmp_path, vit, ratio=1.5, stages=stages(1.0, 0.5, 0.75)) == (
+        "distill.stages.stage2.prune: blocks.0.mlp would keep 24 hidden units, but it has only 16 left"
+        " by then: lower the ratio."
+    )
+    assert "it has only 48 left" in refused(tmp_path, vit, ratio=1.5, stages=stages(1.75))
+
+
+@pytest.mark.parametrize(
+    ("prune", "says"),
+    [
+        (
+            {"ratio": 0.5, "blocks": [1, 2]},
+            "distill.stages.only.prune: there are no blocks 1 to 2; the student's are 0 to 1.",
+        ),
+        (
+            {"ratio": 0.03},
+            "distill.stages.only.prune: prune: blocks.0.mlp would keep 0 hidden units",
+        ),
+    ],
+)
+def test_a_stage_that_prunes_what_cannot_be(tmp_path, vit, prune, says):
+    assert says in refused(tmp_path, vit, stages={"only": STAGE | {"prune": prune}})
+
+
+def test_a_stage_may_prune_some_blocks_alone(tmp_path, vit):
+    def stages(ratio):
+        half = STAGE | {"prune": {"ratio": 0.5, "blocks": [0, 0]}}
+        return {"half": half, "other": STAGE | {"prune": {"ratio": ratio, "blocks": [1, 1]}}}
+
+    assert run(tmp_path, vit, stages=stages(1.0))  # the second block still has all
+    assert "blocks.1.mlp would keep 33 hidden units" in refused(tmp_path, vit, stages=stages(1.04))
+
+
+# The disk
+
+
+def a_disk(monkeypatch, free):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(9e12, 0, free))
+
+
+# Ten samples in two views: pooled and 16 patch tokens of 32 in bfloat16, 32 x 32 pixels of 3 bytes.
+WANTED = 10 * 2 * (2 * 17 * 32 + 3 * 32 * 32)
+
+
+def test_targets_that_the_disk_cannot_hold(tmp_path, vit, monkeypatch):
+    features = {"views": {"count": 2}}
+    a_disk(monkeypatch, free=WANTED - 1)
+    assert refused(tmp_path, vit, features=features) == (
+        f"features: the targets take 83.2 kB, but the disk of {tmp_path / 'work' / 'targets'} has"
+        " 83.2 kB left: lower features.views.count, ask for fewer patch_tokens or blocks, or choose"
+        " features.cache: none."
+    )
+    assert run(tmp_path, vit, features=features | {"patch_tokens": 2})
+    assert run(tmp_path, vit, features=features | {"cache": "none"})
+    a_disk(monkeypatch, free=WANTED)
+    assert run(tmp_path, vit, features=features)
+
+
+def test_what_is_there_already_is_not_wanted_again(tmp_path, vit, monkeypatch):
+    for job, size in (("00000", 700), ("00001", 300)):
+        folder = tmp_path / "work" / "targets" / job
+        folder.mkdir(parents=True)
+        (folder / "00000.view0.safetensors").write_bytes(bytes(size))
+        (folder / ".snakemake_timestamp").write_bytes(bytes(500))
+    features = {"views": {"count": 2}}
+    a_disk(monkeypatch, free=WANTED - 1001)
+    sentence = refused(tmp_path, vit, features=features)
+    assert "the targets take 82.2 kB, but the disk of" in sentence
+    a_disk(monkeypatch, free=WANTED - 1000)
+    assert run(tmp_path, vit, features=features)
+
+
+def test_a_full_disk_is_no_matter_where_all_is_there(tmp_path, vit, monkeypatch):
+    folder = tmp_path / "work" / "targets"
+    folder.mkdir(parents=True)
+    (folder / "00000.view0.safetensors").write_bytes(bytes(WANTED + 900))  # and a header
+    a_disk(monkeypatch, free=0)
+    assert run(tmp_path, vit, features={"views": {"count": 2}})
 
 
 # The tables
@@ -318,7 +450,8 @@ def test_sentence_reaches_the_shell(tmp_path, monkeypatch, capsys):
     from dgmr import cli
 
     sections = {"teacher": {"model": "no_net"}, "data": FASHION, "prune": {"ratio": 1.0}}
-    options = [word for name in sections for word in (f"--{name}", json.dumps(sections[name]))]
+    sections["distill"] = {"stages": {"only": STAGE}}
+    options = ["--config", json.dumps(sections), "--targets", str(tmp_path / "targets")]
     output = ["--output", str(tmp_path / "check.json")]
     monkeypatch.setattr("sys.argv", ["dgmr", "check", *options, *output])
     with pytest.raises(SystemExit) as ended:

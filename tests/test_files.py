@@ -212,6 +212,15 @@ def test_json_round_trip(tmp_path):
     assert files.read_json(tmp_path / "new" / "v.json") == value
 
 
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [(0, "0 bytes"), (1, "1 bytes"), (999, "999 bytes"), (1000, "1 kB"), (83_230, "83.2 kB")]
+    + [(999_600, "1 MB"), (1_234_000_000, "1.23 GB"), (10**12, "1 TB"), (4.5e15, "4500 TB")],
+)
+def test_sizes_have_three_digits_and_a_unit(count, told):
+    assert files.readable(count) == told
+
+
 def test_sha256_is_the_official_one(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -1,6 +1,7 @@
 """Keys and code hashes change when, and only when, what they stand for does."""
 
 import ast
+import importlib.metadata
 import shutil
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def test_code_changes_with_an_import_inside_a_function(package):
     before = fingerprint.code("dgmr.fashion_mnist")
     package("fashion_mnist.py", "import FashionMNIST", "import FashionMNIST\n    import dgmr.views")
     with_import = fingerprint.code("dgmr.fashion_mnist")
-    package("views.py", "3 / 4", "2 / 3")
+    package("views.py", "_SOLARIZE_FROM = 128", "_SOLARIZE_FROM = 127")
     assert len({before, with_import, fingerprint.code("dgmr.fashion_mnist")}) == 3
 
 
@@ -154,6 +155,35 @@ def test_closures_hold_the_shared_rooms_and_no_foreign_stage():
     calibration = fingerprint._closure("dgmr.features.calibration")
     assert {"dgmr.models", "dgmr.shards"} <= calibration
     assert not [name for name in calibration if name.startswith(("dgmr.prune", "dgmr.report"))]
+
+
+def test_targets_depend_on_views_and_answers_not_on_the_training():
+    targets = fingerprint._closure("dgmr.features.targets")
+    shared = {"answers", "views", "targets", "shards", "models", "mlps", "weights"}
+    assert {f"dgmr.{name}" for name in shared} <= targets
+    assert not [name for name in targets if name.startswith(("dgmr.distill", "dgmr.prune"))]
+
+    trainer = fingerprint._closure("dgmr.distill.trainer")
+    assert {"dgmr.answers", "dgmr.views", "dgmr.targets", "dgmr.distill.losses"} <= trainer
+    assert not [name for name in trainer if name.startswith(("dgmr.features", "dgmr.prune"))]
+
+    publish = fingerprint._closure("dgmr.features.publish")
+    assert {"dgmr.targets", "dgmr.views"} <= publish and "dgmr.features.targets" not in publish
+
+
+@pytest.mark.parametrize("file", ["views.py", "answers.py", "weights.py", "features/targets.py"])
+def test_code_of_the_targets_changes_with(package, file):
+    before = fingerprint.code("dgmr.features.targets")
+    package(file, "import ", "EXTRA = 1\nimport ")
+    assert fingerprint.code("dgmr.features.targets") != before
+
+
+def test_versions_are_the_installed_ones():
+    installed = importlib.metadata.version
+    assert fingerprint.versions("torch", "pillow") == {
+        "torch": installed("torch"),
+        "pillow": installed("pillow"),
+    }
 
 
 def test_every_import_of_the_package_is_one_that_closures_follow():

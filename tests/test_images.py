@@ -4,6 +4,7 @@ import pytest
 import timm
 import tiny
 import torch
+from dgmr.errors import DgmrError
 from dgmr.images import calibration_images, count_of, some_tokens
 
 ALL = sum(tiny.COUNTS)
@@ -50,6 +51,23 @@ def test_images_are_normalised_as_the_model_says(room):
     found = torch.cat(list(loader(room, 3, model=model)))
     assert torch.equal(found, expected(model, 3))
     assert not torch.equal(found, expected(tiny.vit(), 3))
+
+
+@pytest.mark.parametrize("samples", [1, 5, 6, 1000])
+def test_shards_are_verified_if_and_only_if_they_are_read(tmp_path, samples):
+    """The first shard has five images, the second none, the third four."""
+    room = tiny.write_data(tmp_path / "data")
+    tiny.damage(room / "00002.tar")
+    if samples > 5:
+        with pytest.raises(
+            DgmrError, match=r"00002\.tar is not the shard that manifest\.json lists"
+        ):
+            loader(room, samples)
+    else:
+        assert count_of(loader(room, samples)) == samples
+    tiny.damage(room / "00000.tar")
+    with pytest.raises(DgmrError, match=r"00000\.tar is not the shard that manifest\.json lists"):
+        loader(room, samples)
 
 
 # Tokens

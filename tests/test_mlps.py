@@ -9,7 +9,7 @@ import timm
 import tiny
 import torch
 from dgmr.errors import DgmrError
-from dgmr.mlps import PrunableMlp, mlps, recorded_mlp_inputs, widths
+from dgmr.mlps import PrunableMlp, blocks, mlps, recorded_mlp_inputs, widths
 from dgmr.models import like
 from timm.layers import ConvMlp, GatedMlp, GluMlp, Mlp, RmsNorm, SwiGLU, SwiGLUPacked
 from torch import nn
@@ -294,6 +294,32 @@ def test_blocks_without_an_mlp_are_passed_over():
     model = tiny.vit()
     model.blocks[0].mlp = nn.Identity()
     assert list(mlps(model)) == ["blocks.1.mlp"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_are_what_the_network_is_a_row_of(family):
+    model = FAMILIES[family]()
+    if hasattr(model, "blocks"):
+        wanted = {f"blocks.{i}": block for i, block in enumerate(model.blocks)}
+    else:
+        wanted = {
+            f"layers.{i}.blocks.{j}": block
+            for i, layer in enumerate(model.layers)
+            for j, block in enumerate(layer.blocks)
+        }
+    found = blocks(model)
+    assert list(found) == list(wanted)  # no pool head
+    assert all(found[name] is block for name, block in wanted.items())
+
+
+def test_blocks_of_more_than_nine_are_in_the_order_of_the_network():
+    names = list(blocks(tiny.vit(depth=12)))
+    assert names == [f"blocks.{index}" for index in range(12)]
+
+
+def test_a_block_of_two_mlps_is_one_block():
+    block = nn.ModuleDict({"mlp": Mlp(4, 8), "mlp2": Mlp(4, 8)})
+    assert list(blocks(nn.ModuleDict({"first": block}))) == ["first"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

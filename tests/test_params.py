@@ -1,5 +1,6 @@
 """params.yaml: what is allowed, and the sentence on what is not."""
 
+import contextlib
 import copy
 import json
 import math
@@ -9,6 +10,7 @@ import sys
 import typing
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from dgmr import params
@@ -49,12 +51,37 @@ STAGE = DEFAULT["distill"]["stages"]["mlp"]
 # Ways to give the widths; the default file has one, and these as comments.
 OTHER_WIDTHS = ("keep", "hidden_features", "budget")
 
+# Sections that are null in the default file, whose comment there names their keys.
+NULL = {
+    "features.views.color_jitter": params.ColorJitter,
+    "distill.stages.mlp.prune": params.StagePrune,
+}
+
 
 def test_default_file_is_valid():
     found = params.read(REPOSITORY / "params.yaml").model_dump(mode="json")
     for name in OTHER_WIDTHS:
         assert found["prune"].pop(name) is None
-    assert found == DEFAULT  # every other key is there, none is coerced
+    short = DEFAULT["distill"]["stages"]["all"]
+    full = {name: field.default for name, field in params.Stage.model_fields.items()}
+    full |= {"loss": params.LossWeights().model_dump(), "betas": [0.9, 0.999]} | short
+    assert found["distill"]["stages"]["all"] == full
+    assert found == changed("distill.stages.all", full)  # every other key is there, none is coerced
+
+
+def test_later_stages_of_the_default_file_say_only_what_is_no_default():
+    for name, value in DEFAULT["distill"]["stages"]["all"].items():
+        assert params.Stage.model_fields[name].default != value
+
+
+def test_keys_of_null_sections_stand_in_the_comment():
+    lines = (REPOSITORY / "params.yaml").read_text().splitlines()
+    for path, kind in NULL.items():
+        (line,) = [
+            each for each in lines if each.strip().startswith(f"{path.split('.')[-1]}: null")
+        ]
+        comment = line.partition("#")[2]
+        assert [key for key in kind.model_fields if key not in comment] == []
 
 
 def test_other_widths_stand_in_the_default_file_as_comments():
@@ -99,7 +126,11 @@ def test_refits_need_images_to_hold_out():
         ("features.views.crop_scales", "crop_scale"),
         ("distill.stage", "stages"),
         ("distill.stages.mlp.batchsize", "batch_size"),
-        ("distill.stages.all.loss.patch_token", "patch_tokens"),
+        ("distill.stages.mlp.loss.patch_token", "patch_tokens"),
+        ("distill.stages.mlp.emas", "ema"),
+        ("distill.checkpoint_every", "checkpoint_every_s"),
+        ("features.block", "blocks"),
+        ("features.views.greyscale", "grayscale"),
     ],
 )
 def test_unknown_key_is_refused_with_a_guess(path, guess):
@@ -111,6 +142,32 @@ def test_unknown_key_is_refused_with_a_guess(path, guess):
     for section in sections:
         beside = beside[section]
     assert sorted(allowed) == sorted(beside)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (
+            "features.views.color_jitter",
+            {"hues": 0.1},
+            "unknown key features.views.color_jitter.hues (did you mean hue?); allowed here:"
+            " probability, brightness, contrast, saturation, hue.",
+        ),
+        (
+            "distill.stages.mlp.prune",
+            {"ratio": 1.0, "block": [0, 1]},
+            "unknown key distill.stages.mlp.prune.block (did you mean blocks?); allowed here: ratio,"
+            " blocks.",
+        ),
+        (
+            "distill.stages.mlp.train",
+            {"blocks": [0, 1], "bloks": 1},
+            "unknown key distill.stages.mlp.train.bloks (did you mean blocks?); allowed here: blocks.",
+        ),
+    ],
+)
+def test_unknown_key_in_a_section_that_may_be_null_or_a_name(path, value, says):
+    assert refusal(changed(path, value)) == f"my.yaml: {says}"
 
 
 def test_unknown_key_like_no_other_gets_no_guess():
@@ -137,7 +194,34 @@ def test_stage_may_have_the_name_of_a_key(name):
         ("data.filters.max_aspect_ratio", 0.5, "max_aspect_ratio is 0.5: input should be greater"),
         ("data.eval.source", "imagenet", "'fashion-mnist', 'imagefolder' or 'webdataset'"),
         ("features", None, "features is null: input should be a valid dictionary"),
-        ("features.dtype", "int8", "'bfloat16', 'float16' or 'float32'"),
+        (
+            "features.cache",
+            "memory",
+            "features.cache is \"memory\": input should be 'disk' or 'none'",
+        ),
+        ("features.cache", None, "features.cache is null: input should be 'disk' or 'none'"),
+        ("features.dtype", "int8", "features.dtype is \"int8\": input should be 'bfloat16' or"),
+        ("features.dtype", "float16", "input should be 'bfloat16' or 'float32'"),
+        ("features.precision", "float16", 'features.precision is "float16": input should be'),
+        ("features.patch_tokens", 0, "features.patch_tokens is 0: input should be greater than"),
+        ("features.patch_tokens", "all", 'patch_tokens is "all": input should be a valid integer'),
+        ("features.blocks", [1, -1], "features.blocks.1 is -1: input should be greater than or"),
+        ("features.blocks", 3, "features.blocks is 3: input should be a valid tuple"),
+        ("features.blocks", None, "features.blocks is null: input should be a valid tuple"),
+        ("features.pixels", "some", 'features.pixels is "some": input should be a valid boolean'),
+        ("features.batch_size", 0, "features.batch_size is 0: input should be greater than or"),
+        ("features.views.count", 0, "features.views.count is 0: input should be greater than or"),
+        ("features.views.grayscale", 1.1, "grayscale is 1.1: input should be less than or equal"),
+        ("features.views.blur", -0.1, "blur is -0.1: input should be greater than or equal to 0"),
+        ("features.views.solarize", None, "solarize is null: input should be a valid number"),
+        ("features.views.color_jitter", True, "color_jitter is true: input should be a valid dict"),
+        (
+            "features.views.color_jitter",
+            {"hue": 0.6},
+            "color_jitter.hue is 0.6: input should be less",
+        ),
+        ("features.views.color_jitter", {"probability": 2}, "color_jitter.probability is 2: input"),
+        ("features.views.color_jitter", {"contrast": -1}, "color_jitter.contrast is -1: input"),
         ("features.views.flip", 2, "features.views.flip is 2: input should be less than or equal"),
         ("features.views.crop_scale", [0, 1], "crop_scale.0 is 0: input should be greater than 0"),
         ("features.views.crop_scale", [0.1, 0.5, 1], "tuple should have at most 2 items"),
@@ -156,6 +240,89 @@ def test_stage_may_have_the_name_of_a_key(name):
         ("prune.compensate", "lsq", "'least_squares' or 'none'"),
         ("distill.stages", {}, "distill.stages is {}: dictionary should have at least 1 item"),
         ("distill.stages.mlp.train", "heads", 'distill.stages.mlp.train is "heads": input should'),
+        (
+            "distill.stages.mlp.train",
+            None,
+            "distill.stages.mlp.train is null: input should be 'mlp',",
+        ),
+        (
+            "distill.stages.mlp.train",
+            [0, 1],
+            "stages.mlp.train is [0, 1]: input should be 'mlp', 'mlp",
+        ),
+        ("distill.stages.mlp.train", {}, "distill.stages.mlp.train.blocks is missing; it has no"),
+        (
+            "distill.stages.mlp.train",
+            {"blocks": [3, 1]},
+            "distill.stages.mlp.train.blocks: blocks must be [first, last], not [3, 1].",
+        ),
+        ("distill.stages.mlp.train", {"blocks": [-1, 1]}, "mlp.train.blocks.0 is -1: input should"),
+        ("distill.stages.mlp.train", {"blocks": [0]}, "mlp.train.blocks.1 is missing"),
+        (
+            "distill.stages.mlp.train",
+            {"blocks": 2},
+            "train.blocks is 2: input should be a valid tup",
+        ),
+        ("distill.stages.mlp.prune", {}, "distill.stages.mlp.prune.ratio is missing; it has no"),
+        (
+            "distill.stages.mlp.prune",
+            0.5,
+            "distill.stages.mlp.prune is 0.5: input should be a valid",
+        ),
+        ("distill.stages.mlp.prune", {"ratio": 0}, "mlp.prune.ratio is 0: input should be greater"),
+        (
+            "distill.stages.mlp.prune",
+            {"ratio": 1, "blocks": [2, 0]},
+            "distill.stages.mlp.prune.blocks: blocks must be [first, last], not [2, 0].",
+        ),
+        (
+            "distill.stages.mlp.loss.blocks",
+            -1,
+            "loss.blocks is -1: input should be greater than or",
+        ),
+        (
+            "distill.stages.mlp.accumulate",
+            0,
+            "mlp.accumulate is 0: input should be greater than or",
+        ),
+        (
+            "distill.stages.mlp.grad_checkpointing",
+            None,
+            "grad_checkpointing is null: input should be",
+        ),
+        ("distill.stages.mlp.betas", [0.9, 1], "mlp.betas.1 is 1: input should be less than 1"),
+        ("distill.stages.mlp.betas", [0.9], "distill.stages.mlp.betas.1 is missing"),
+        ("distill.stages.mlp.end_weight_decay", -1, "mlp.end_weight_decay is -1: input should be"),
+        ("distill.stages.mlp.clip_grad", 0, "mlp.clip_grad is 0: input should be greater than 0"),
+        ("distill.stages.mlp.ema", 1, "distill.stages.mlp.ema is 1: input should be less than 1"),
+        (
+            "distill.stages.mlp.ema",
+            0,
+            "distill.stages.mlp.ema is 0: input should be greater than 0",
+        ),
+        ("distill.stages.mlp.precision", "float16", "input should be 'float32' or 'bfloat16'"),
+        (
+            "distill.max_bad_steps",
+            -1,
+            "distill.max_bad_steps is -1: input should be greater than or",
+        ),
+        ("distill.checkpoint_every_s", -1, "distill.checkpoint_every_s is -1: input should be"),
+        (
+            "distill.checkpoint_every_s",
+            0.5,
+            "checkpoint_every_s is 0.5: input should be a valid int",
+        ),
+        (
+            "distill.processes",
+            0,
+            "distill.processes is 0: input should be greater than or equal to 1",
+        ),
+        (
+            "distill.workers",
+            -1,
+            "distill.workers is -1: input should be greater than or equal to 0",
+        ),
+        ("distill.shard_above", -1, "distill.shard_above is -1: input should be greater than or"),
         ("distill.stages.mlp.lr", 0, "distill.stages.mlp.lr is 0: input should be greater than 0"),
         ("teacher.model", "", 'teacher.model is "": string should have at least 1 character'),
         ("mlflow.experiment", 3, "mlflow.experiment is 3: input should be a valid string"),
@@ -163,6 +330,62 @@ def test_stage_may_have_the_name_of_a_key(name):
 )
 def test_wrong_value_is_refused(path, value, says):
     assert says in refusal(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("features.cache", "none"),
+        ("features.patch_tokens", 3),
+        ("features.blocks", [0, 5]),
+        ("features.blocks", []),
+        ("features.dtype", "float32"),
+        ("features.pixels", False),
+        ("features.precision", "bfloat16"),
+        ("features.views.grayscale", 1.0),
+        ("features.views.blur", 0.5),
+        ("features.views.solarize", 0.2),
+        ("features.views.color_jitter", {"probability": 0.0, "brightness": 1.0, "hue": 0.5}),
+        ("distill.stages.mlp.train", "mlp+norm"),
+        ("distill.stages.mlp.train", {"blocks": [0, 0]}),
+        ("distill.stages.mlp.train", {"blocks": [1, 3]}),
+        ("distill.stages.mlp.prune", {"ratio": 0.5}),
+        ("distill.stages.mlp.prune", {"ratio": 2.0, "blocks": [1, 3]}),
+        ("distill.stages.mlp.accumulate", 4),
+        ("distill.stages.mlp.grad_checkpointing", True),
+        ("distill.stages.mlp.betas", [0, 0.95]),
+        ("distill.stages.mlp.decay_all", True),
+        ("distill.stages.mlp.end_weight_decay", 0.4),
+        ("distill.stages.mlp.clip_grad", None),
+        ("distill.stages.mlp.ema", 0.9999),
+        ("distill.stages.mlp.precision", "bfloat16"),
+        ("distill.max_bad_steps", 0),
+        ("distill.checkpoint_every_s", 0),
+        ("distill.processes", 8),
+        ("distill.workers", 0),
+        ("distill.shard_above", 0),
+    ],
+    ids=str,
+)
+def test_allowed_value_is_taken_and_reaches_a_command_line(path, value):
+    found = params.validate(changed(path, value))
+    section, *rest = path.split(".")
+    given = getattr(found, section).model_dump_json()
+    kind = type(getattr(found, section))
+    again = params.section(kind, given)
+    assert again == getattr(found, section)
+    place = again.model_dump(mode="json")
+    for key in rest:
+        place = place[key]
+    if isinstance(value, dict):  # the others take their defaults
+        place = {key: place[key] for key in value}
+    assert place == value
+
+
+def test_defaults_of_the_colours_are_dinov2s():
+    found = params.validate(changed("features.views.color_jitter", {})).features.views
+    strengths = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
+    assert found.color_jitter.model_dump() == {"probability": 0.8} | strengths
 
 
 @pytest.mark.parametrize(
@@ -235,10 +458,99 @@ def test_stage_has_at_least_one_step():
     assert params.validate(changed("distill.stages.mlp.samples", 64))
 
 
+def test_a_decay_that_changes_has_something_to_change():
+    values = changed("distill.stages.mlp.end_weight_decay", 0.4)
+    assert params.validate(values)
+    values["distill"]["stages"]["mlp"]["weight_decay"] = 0
+    assert refusal(values) == (
+        "my.yaml: distill.stages.mlp: end_weight_decay needs a weight_decay above 0 to begin with."
+    )
+    values["distill"]["stages"]["mlp"]["end_weight_decay"] = None
+    assert params.validate(values)
+
+
 def test_loss_has_a_term():
-    sentence = refusal(changed("distill.stages.all.loss", {"pooled": 0, "patch_tokens": 0}))
-    assert "distill.stages.all.loss" in sentence and "must not both be 0" in sentence
+    none = {"pooled": 0, "patch_tokens": 0}
+    sentence = refusal(changed("distill.stages.all.loss", none))
+    wanted = "distill.stages.all.loss: loss: pooled, patch_tokens and blocks must not all be 0"
+    assert wanted in sentence
     assert params.validate(changed("distill.stages.all.loss", {"pooled": 0}))
+    values = changed("distill.stages.all.loss", none | {"blocks": 0.5})
+    values["features"]["blocks"] = [1]
+    assert params.validate(values)
+
+
+# What one section wants of another
+
+
+def test_a_loss_on_patch_tokens_asks_for_them():
+    values = changed("features.patch_tokens", None)
+    assert refusal(values) == (
+        "my.yaml: distill.stages.mlp.loss.patch_tokens is 1, but features.patch_tokens is null: ask"
+        " for them, or give the loss a weight of 0."
+    )
+    values["distill"]["stages"]["mlp"]["loss"]["patch_tokens"] = 0
+    assert "distill.stages.all.loss.patch_tokens is 1, but" in refusal(values)  # its default
+    values["distill"]["stages"]["all"]["loss"] = {"patch_tokens": 0}
+    assert params.validate(values)
+
+
+def test_a_loss_on_blocks_asks_for_some():
+    values = changed("distill.stages.all.loss", {"blocks": 0.25})
+    assert refusal(values) == (
+        "my.yaml: distill.stages.all.loss.blocks is 0.25, but features.blocks names none: name some,"
+        " or give the loss a weight of 0."
+    )
+    values["features"]["blocks"] = [2]
+    assert params.validate(values)
+
+
+def test_what_is_asked_for_need_not_be_in_the_loss():
+    assert params.validate(changed("features.blocks", [2]))
+
+
+def test_a_stage_prunes_within_the_orders():
+    values = changed("distill.stages.all.prune", {"ratio": 2.5})
+    assert refusal(values) == (
+        "my.yaml: distill.stages.all.prune.ratio 2.5 must not exceed prune.max_ratio 2."
+    )
+    values["prune"]["max_ratio"] = 2.5
+    assert params.validate(values)
+
+
+# What shapes the results
+
+
+@pytest.mark.parametrize("name", sorted(set(params.Distill.model_fields) - {"stages"}))
+def test_how_stages_are_run_shapes_nothing(name):
+    before = params.validate(DEFAULT).shaping()
+    assert name not in before["distill"]
+    assert params.validate(changed(f"distill.{name}", 7)).shaping() == before
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("features.views.blur", 0.5),
+        ("features.cache", "none"),
+        ("features.blocks", [1]),
+        ("prune.ridge", 0.1),
+        ("distill.stages.mlp.train", {"blocks": [0, 1]}),
+        ("distill.stages.all.ema", 0.9),
+        ("distill.stages.all.prune", {"ratio": 0.5}),
+        ("evaluate.batch_size", 1),
+    ],
+    ids=str,
+)
+def test_everything_else_shapes_the_results(path, value):
+    found = params.validate(changed(path, value)).shaping()
+    assert found != params.validate(DEFAULT).shaping()
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_order_of_stages_is_kept():
+    values = changed("distill.stages", dict(reversed(DEFAULT["distill"]["stages"].items())))
+    assert list(params.validate(values).shaping()["distill"]["stages"]) == ["all", "mlp"]
 
 
 def test_each_wrong_key_has_its_own_line():
@@ -363,6 +675,28 @@ def test_schema_file_is_that_of_the_models():
     assert written == params.schema(), "params.py has changed: run make schema"
 
 
+@pytest.mark.parametrize(
+    ("train", "allowed"),
+    [
+        ("mlp", True),
+        ({"blocks": [0, 3]}, True),
+        ("heads", False),
+        (None, False),
+        ([0, 3], False),
+        ({"blocks": [0]}, False),
+        ({"blocks": [-1, 3]}, False),
+        ({"bloks": [0, 3]}, False),
+        ({"blocks": [0, 3], "norms": True}, False),
+    ],
+    ids=str,
+)
+def test_an_editor_allows_the_same_as_the_workflow(train, allowed):
+    values = changed("distill.stages.mlp.train", train)
+    assert jsonschema.Draft202012Validator(params.schema()).is_valid(values) == allowed
+    with contextlib.nullcontext() if allowed else pytest.raises(DgmrError):
+        params.validate(values)
+
+
 def leaves(kind, values, path=""):
     """Dotted path, field, and what params.yaml has there (``...``: nothing) of every knob."""
     for name, field in kind.model_fields.items():
@@ -380,9 +714,12 @@ def leaves(kind, values, path=""):
 
 def test_every_knob_is_described_and_stands_in_the_default_file():
     knobs = {path: (field, value) for path, field, value in leaves(params.Params, DEFAULT)}
-    assert {"teacher.model", "data.eval.n_samples", "distill.stages.all.loss.pooled"} <= set(knobs)
-    missing = [path for path, (_, value) in knobs.items() if value is ...]
-    assert missing == [f"prune.{name}" for name in OTHER_WIDTHS]
+    assert {"teacher.model", "data.eval.n_samples", "distill.stages.mlp.loss.pooled"} <= set(knobs)
+    # A stage after the first says only what is no default.
+    missing = {p for p, (_, value) in knobs.items() if value is ... and ".stages.all." not in p}
+    as_comments = {f"prune.{name}" for name in OTHER_WIDTHS}
+    as_comments |= {f"{path}.{key}" for path, kind in NULL.items() for key in kind.model_fields}
+    assert missing == as_comments
     assert [path for path, (field, _) in knobs.items() if not field.description] == []
 
 

@@ -10,6 +10,7 @@ from dgmr.check import check, teacher_skeleton
 from dgmr.errors import DgmrError
 from dgmr.params import Params, Prune, Teacher, read
 from dgmr.prune import prune_model
+from dgmr.prune.widths import students
 from rich.console import Console
 from safetensors import safe_open
 
@@ -43,7 +44,7 @@ def test_reference_table(name):
     if len(dims) == 1:
         widths = f"{dims[0]},{found.widths[0].hidden_features}"
     said = [f"{total / 1e6:.1f}", f"{100 * before['MLP'] / total:.1f}", widths]
-    wider = plan.pruned_skeleton(teacher_skeleton(Teacher(model=name)), Prune(ratio=2))
+    wider = students(teacher_skeleton(Teacher(model=name)), Prune(ratio=2), {})["pruned"]
     for pruned in (found.after.params["total"], sum(p.numel() for p in wider.parameters())):
         said += [f"{pruned / 1e6:.1f}", change(total, pruned)]
     assert " ".join(said) == REFERENCE[name]
@@ -107,15 +108,17 @@ def test_student_is_the_one_that_pruning_makes(siglip):
     assert found.widths == [plan.Widths(2, 32, 128, 32), plan.Widths(1, 32, 128, 128)]
 
 
-def whole(teacher, **features):
-    stage = {"train": "all", "samples": 8, "batch_size": 4, "lr": 1e-3}
+STAGE = {"train": "all", "samples": 8, "batch_size": 4, "lr": 1e-3}
+
+
+def whole(teacher, stages=None, **features):
     return Params.model_validate(
         {
             "teacher": {"model": f"local-dir:{teacher}"},
             "data": {"urls": "file", "n_samples": sum(tiny.COUNTS)},
             "features": tiny.features_config(**features),
             "prune": {"ratio": 1.0},
-            "distill": {"stages": {"all": stage}},
+            "distill": {"stages": stages or {"all": STAGE}},
         }
     )
 
@@ -128,13 +131,58 @@ def tensor_bytes(folder):
     return total
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_features_on_disk(tmp_path, teacher, data, dtype):
-    config = whole(teacher, dtype=dtype)
+@pytest.mark.parametrize(
+    "features",
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"pixels": False},
+        {"patch_tokens": 3, "blocks": (0, 1), "dtype": "bfloat16"},
+        {"patch_tokens": None, "views": {"count": 3}},
+    ],
+    ids=str,
+)
+def test_features_on_disk(tmp_path, teacher, data, features):
+    stage = STAGE | {"loss": {"patch_tokens": 0}}
+    config = whole(teacher, {"all": stage}, **features)
     tiny.write_features(tmp_path, teacher, data, config.features)
     found = plan.plan_run(config).disk
     assert found["targets"].bytes == tensor_bytes(tmp_path / "work/targets")
     assert found["calibration"].bytes == tensor_bytes(tmp_path / "work/calibration")
+    assert ("their pixels" in found["targets"].note) == config.features.pixels
+
+
+def test_without_a_cache_there_are_no_targets(teacher):
+    cached, online = (plan.plan_run(whole(teacher, cache=cache)) for cache in ("disk", "none"))
+    for sizes in ("disk", "memory"):
+        names = set(getattr(cached, sizes))
+        assert names - set(getattr(online, sizes)) == {"targets"}
+    assert cached.jobs["features"] == {"targets": 1, "calibration": 1, "features": 1}
+    assert online.jobs["features"] == {"calibration": 1, "features": 1}
+    assert {n: v for n, v in online.jobs.items() if n != "features"} == {
+        n: v for n, v in cached.jobs.items() if n != "features"
+    }
+    # The teacher is asked while the student learns.
+    with_teacher, without = (p.memory["distill_stage all"].bytes for p in (online, cached))
+    assert with_teacher > without + 4 * cached.model.before.params["total"]
+
+
+def test_stages_that_prune_have_jobs_and_leave_smaller_students(teacher):
+    first = STAGE | {"prune": {"ratio": 0.5}}
+    last = STAGE | {"prune": {"ratio": 0.25, "blocks": [1, 1]}}
+    stages = {"first": first, "then": STAGE, "last": last}
+    found = plan.plan_run(whole(teacher, stages))
+    assert found.jobs["distill"] == {"prune_again": 2, "distill_stage": 3}
+    assert found.model.widths == [plan.Widths(1, 32, 128, 16), plan.Widths(1, 32, 128, 8)]
+    params = found.model.after.params["total"]
+    dense = found.model.before.params["total"]
+    unit = 32 + 1 + 32
+    assert dense - params == (112 + 120) * unit
+    needed = [found.memory[f"distill_stage {name}"].bytes for name in stages]
+    assert needed[0] == needed[1] > needed[2]
+    plain = plan.plan_run(whole(teacher))
+    assert "prune_again" not in plain.jobs["distill"]
+    assert plain.memory["distill_stage all"].bytes > needed[0]
 
 
 def test_models_on_disk_and_sizes_that_nobody_knows(teacher):
@@ -148,15 +196,61 @@ def test_models_on_disk_and_sizes_that_nobody_knows(teacher):
     assert unknown == {"shards", "downloads"}
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 8}, {"precision": "float32"}, {"train": "all"}])
-def test_training_takes_more_memory_with(teacher, change):
-    def needed(**changes):
-        values = whole(teacher).model_dump()
-        less = {"batch_size": 4, "precision": "bfloat16", "train": "mlp"}
-        values["distill"]["stages"]["all"] |= less | changes
-        return plan.plan_run(Params.model_validate(values)).memory["distill_stage all"].bytes
+def test_what_a_pruning_stage_starts_from_lies_on_disk_too(teacher):
+    """results/distill/pruned/<stage>, beside the teacher, the pruned model and the stage's own."""
+    found = plan.plan_run(whole(teacher, {"only": STAGE | {"prune": {"ratio": 0.5}}}))
+    dense, half = (cost.params["total"] for cost in (found.model.before, found.model.after))
+    pruned = plan.plan_run(whole(teacher)).model.after.params["total"]
+    assert found.disk["models"].bytes == 4 * (dense + pruned + half + half)
 
-    assert needed(**change) > needed()
+
+LITTLE = {"samples": 64, "batch_size": 32, "precision": "bfloat16", "train": "mlp", "accumulate": 2}
+LITTLE |= {"grad_checkpointing": True}
+
+
+def training(teacher, stage, **distill):
+    """Bytes of a stage's job, and what the plan says of them."""
+    values = whole(teacher).model_dump()
+    values["distill"]["stages"]["all"] |= stage
+    found = plan.plan_run(Params.model_validate(values | {"distill": values["distill"] | distill}))
+    return found.memory["distill_stage all"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_size": 36},
+        {"precision": "float32"},
+        {"train": "all"},
+        {"train": {"blocks": [0, 1]}},
+        {"train": "mlp+norm"},
+        {"accumulate": 1},
+        {"grad_checkpointing": False},
+        {"ema": 0.9},
+    ],
+    ids=str,
+)
+def test_training_takes_more_memory_with(teacher, change):
+    assert training(teacher, LITTLE | change).bytes > training(teacher, LITTLE).bytes
+
+
+def test_several_processes_share_a_batch(teacher):
+    stage = {"samples": 12, "batch_size": 12, "accumulate": 2}
+    found = [training(teacher, stage, processes=count) for count in (1, 2, 3, 5)]
+    assert [size.bytes for size in found] == sorted((s.bytes for s in found), reverse=True)
+    told = [size.note.partition("; ")[2].partition(" images")[0] for size in found]
+    assert told == ["6", "3", "2", "2"]
+
+
+def test_an_average_is_one_more_copy_of_what_learns(teacher):
+    learning = sum(
+        parameter.numel()
+        for name, parameter in prune_model(tiny.vit(), ratio=1.0).named_parameters()
+        if ".mlp." in name
+    )
+    one, two = (training(teacher, {"train": "mlp"} | more) for more in ({}, {"ema": 0.999}))
+    assert two.bytes - one.bytes == 4 * learning
+    assert "an average" in two.note and "an average" not in one.note
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -173,15 +267,6 @@ def test_presets(path):
 
 def test_there_are_presets():
     assert len(PRESETS) >= 7
-
-
-@pytest.mark.parametrize(
-    ("count", "told"),
-    [(0, "0 bytes"), (999, "999 bytes"), (999_600, "1 MB"), (1_234_000_000, "1.23 GB")]
-    + [(4.5e15, "4500 TB")],
-)
-def test_readable(count, told):
-    assert plan.readable(count) == told
 
 
 def command(monkeypatch, capsys, *arguments):
@@ -226,7 +311,7 @@ def test_wrong_questions_get_one_sentence(monkeypatch, capsys, arguments, senten
 def test_missing_table_of_a_preset_is_told_by_the_check(tmp_path):
     config = read(next(path for path in PRESETS if path.stem == "vit_b"))
     with pytest.raises(DgmrError) as error:
-        check(config.teacher, config.data, config.prune, tmp_path / "check.json")
+        check(config, tmp_path / "targets", tmp_path / "check.json")
     assert str(error.value) == f"data.table: no file matches {config.data.table}."
 
 

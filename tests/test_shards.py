@@ -124,6 +124,22 @@ def test_some_shards_only(folder):
         ShardedImages(folder, ["00000", "00009", "00007"])
 
 
+@pytest.mark.parametrize(
+    ("samples", "names"),
+    [(0, 0), (1, 1), (3, 1), (4, 3), (7, 3), (8, 4), (9, 4), (1000, 5)],
+)
+def test_first_shards_that_hold_enough(tmp_path, samples, names):
+    write(tmp_path, (3, 0, 4, 2, 0))
+    found = shards.first(tmp_path, samples)
+    assert found == [f"{number:05d}" for number in range(names)]
+    assert len(ShardedImages(tmp_path, found)) >= min(samples, 9)
+
+
+def test_first_shards_of_no_manifest(tmp_path):
+    with pytest.raises(DgmrError, match=r"has no manifest\.json: run the data stage first"):
+        shards.first(tmp_path, 1)
+
+
 def test_no_labels(tmp_path):
     shard = shards.write_shard(tmp_path, "00000", samples(2, labelled=False))
     shards.write_manifest(tmp_path, [shard])

@@ -1,6 +1,7 @@
 """Weights on disk: written tensor by tensor, read from any kind of checkpoint, never by running code."""
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -55,7 +56,8 @@ def refused(path):
 
 
 def test_the_official_reader_reads_what_was_written(path):
-    weights.write(path, some(), some().items())
+    digest = weights.write(path, some(), some().items())
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert same(load_file(path), some())
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -101,6 +103,118 @@ def test_layout_may_be_on_the_meta_device_and_tensors_a_generator(path):
 def test_tensors_that_are_not_the_layouts(path, tensors, says):
     with pytest.raises(ValueError, match=says):
         weights.write(path, {"a": torch.ones(3), "b": torch.ones(2)}, tensors)
+
+
+# Written row by row
+
+
+def table(count=7, seed=0):
+    """Tensors of ``count`` rows: of several dtypes, one of single numbers, one of no numbers at all."""
+    draw = torch.Generator().manual_seed(seed)
+    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    found = {f"z.{kind}": torch.randn(count, 3, 5, generator=draw).to(kind) for kind in kinds}
+    found["y.uint8"] = torch.randint(256, (count, 3), generator=draw).to(torch.uint8)
+    found["x.int64"] = torch.randint(999, (count,), generator=draw)
+    return found | {"w.none": torch.empty(count, 0, 4)}
+
+
+def add(path, tensors, sizes, metadata=None):
+    rows = weights.Rows(path, {n: t.to("meta") for n, t in tensors.items()}, metadata or {})
+    start = 0
+    for size in sizes:
+        rows.add({name: tensor[start : start + size] for name, tensor in tensors.items()})
+        start += size
+    rows.close()
+
+
+@pytest.mark.parametrize("sizes", [(7,), (1,) * 7, (3, 3, 1), (0, 5, 0, 2)])
+def test_rows_that_come_in_pieces_are_the_whole_tensors(path, sizes):
+    add(path, table(), sizes, {"origin": "here"})
+    assert same(load_file(path), table())
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"origin": "here"}
+    assert weights.read(path).keys() == table().keys()
+
+
+def test_pieces_make_no_difference_to_the_bytes(path, tmp_path):
+    add(path, table(), (3, 4))
+    add(tmp_path / "other.safetensors", table(), (1, 2, 2, 2))
+    assert path.read_bytes() == (tmp_path / "other.safetensors").read_bytes()
+
+
+def test_no_rows_at_all(path):
+    add(path, table(0), ())
+    assert same(load_file(path), table(0))
+
+
+def test_rows_take_the_dtype_of_their_tensor_from_any_memory_layout(path):
+    given = torch.randn(4, 6, 5)
+    rows = weights.Rows(path, {"a": torch.empty(4, 5, 6, dtype=torch.bfloat16)}, {})
+    rows.add({"a": given.transpose(1, 2).requires_grad_(), "not asked for": torch.ones(4)})
+    rows.close()
+    assert same(load_file(path), {"a": given.transpose(1, 2).bfloat16()})
+
+
+@pytest.mark.parametrize("sizes", [(), (6,), (3, 3), (7, 1), (7, 7)])
+def test_too_few_or_too_many_rows_are_an_error(path, sizes):
+    longer = {name: torch.cat([tensor, tensor]) for name, tensor in table().items()}
+    rows = weights.Rows(path, table(), {})
+    start = 0
+    for size in sizes:
+        rows.add({name: tensor[start : start + size] for name, tensor in longer.items()})
+        start += size
+    with pytest.raises(ValueError, match=r"model\.safetensors: .* came where .* belong"):
+        rows.close()
+
+
+def test_rows_of_one_tensor_too_many_and_of_another_too_few_are_an_error(path):
+    rows = weights.Rows(path, {"a": torch.empty(2, 3), "b": torch.empty(2, 3)}, {})
+    rows.add({"a": torch.ones(3, 3), "b": torch.ones(1, 3)})
+    with pytest.raises(ValueError, match="came where"):
+        rows.close()
+
+
+def test_rows_of_a_tensor_that_does_not_come_are_an_error(path):
+    rows = weights.Rows(path, {"a": torch.empty(2), "b": torch.empty(2)}, {})
+    with pytest.raises(KeyError):
+        rows.add({"a": torch.ones(2)})
+
+
+@pytest.mark.parametrize("writer", ["safetensors", "rows", "whole"])
+def test_spans_say_where_every_row_lies(path, writer):
+    tensors = {name: tensor for name, tensor in table().items() if tensor.numel()}
+    if writer == "safetensors":
+        save_file(tensors, path, {"format": "pt", "origin": "here"})
+    elif writer == "rows":
+        add(path, tensors, (2, 5))
+    else:
+        weights.write(path, tensors, tensors.items())
+    content, found = path.read_bytes(), weights.spans(path)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        span = found[name]
+        assert span.dtype == tensor.dtype and span.row == list(tensor.shape[1:])
+        for index, row in enumerate(tensor):
+            start = span.offset + index * span.row_bytes
+            assert content[start : start + span.row_bytes] == raw(row)
+
+
+def test_spans_of_no_rows(path):
+    add(path, table(0), ())
+    assert {name: span.row for name, span in weights.spans(path).items()} == {
+        name: list(tensor.shape[1:]) for name, tensor in table(0).items()
+    }
+
+
+def test_origin_is_what_the_metadata_says(path):
+    add(path, table(), (7,), {"origin": json.dumps({"a": [1, None]})})
+    assert weights.origin(path) == {"a": [1, None]}
+    for metadata in ({}, {"other": "{}"}, {"origin": "no json"}):
+        add(path, table(), (7,), metadata)
+        assert weights.origin(path) is None
+    path.write_bytes(path.read_bytes()[:50])
+    assert weights.origin(path) is None
+    assert weights.origin(path.parent / "nowhere") is None
 
 
 # Read

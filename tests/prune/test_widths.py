@@ -10,11 +10,11 @@ import torch
 from dgmr import artefact, loader
 from dgmr.errors import DgmrError
 from dgmr.mlps import PrunableMlp, mlps, widths
-from dgmr.params import Prune
+from dgmr.params import Prune, Stage, StagePrune
 from dgmr.prune import orders
 from dgmr.prune.assemble import assemble
 from dgmr.prune.model import build
-from dgmr.prune.widths import reach, resolve
+from dgmr.prune.widths import reach, resolve, shrunk, students
 from timm.layers import Mlp
 
 
@@ -248,3 +248,43 @@ def test_student_of_a_dense_pool_head_is_loaded_by_its_loader(tmp_path):
     assert all(torch.equal(student.attn_pool.state_dict()[key], t) for key, t in dense.items())
     with torch.inference_mode():
         assert student(tiny.pixels()).isfinite().all()
+
+
+def shrunk_to(model, config=None, **stage):
+    return list(shrunk(model, StagePrune(**stage), Prune(**(config or {"ratio": 2.0}))).values())
+
+
+def test_a_stage_shrinks_what_it_names():
+    model = skeleton("class token")
+    assert shrunk_to(model, ratio=1.3) == [41, 41]
+    assert shrunk_to(model, ratio=1.3, blocks=[1, 1]) == [128, 41]
+    assert shrunk_to(model, {"ratio": 2.0, "round_to": 16}, ratio=1.3) == [48, 48]
+    assert shrunk_to(skeleton("swin"), ratio=1.3) == [20, 41]
+    siglip = skeleton("attention pool")
+    assert shrunk_to(siglip, ratio=1.3) == [41, 41]
+    assert shrunk_to(siglip, ratio=1.3, blocks=[0, 0]) == [41, 86]
+    assert shrunk_to(siglip, {"ratio": 2.0, "include_pool_head": False}, ratio=1.3) == [41, 86]
+
+
+def test_a_stage_that_would_grow_an_mlp_is_refused():
+    with torch.device("meta"):
+        model = build(skeleton("class token"), {"blocks.0.mlp": 60, "blocks.1.mlp": 40})
+    assert shrunk_to(model, ratio=1.25) == [40, 40]
+    with pytest.raises(DgmrError, match=r"blocks\.1\.mlp to 41 hidden units, but it has only 40"):
+        shrunk_to(model, ratio=1.3)
+    assert shrunk_to(model, ratio=1.3, blocks=[0, 0]) == [41, 40]
+    with pytest.raises(DgmrError, match="prunes the blocks 0 to 2, but the model's are 0 to 1"):
+        shrunk_to(model, ratio=1.0, blocks=[0, 2])
+
+
+def test_students_are_what_each_stage_leaves():
+    about = {"train": "mlp", "samples": 64, "lr": 1e-3}
+    stages = {
+        "one": Stage(**about, prune=StagePrune(ratio=1.5, blocks=[0, 0])),
+        "two": Stage(**about),
+        "three": Stage(**about, prune=StagePrune(ratio=1.0)),
+    }
+    found = students(skeleton("class token"), Prune(ratio=2.0), stages)
+    expected = {"pruned": [64, 64], "one": [48, 64], "two": [48, 64], "three": [32, 32]}
+    assert {name: list(widths(model).values()) for name, model in found.items()} == expected
+    assert all(p.is_meta for model in found.values() for p in model.parameters())

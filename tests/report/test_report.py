@@ -69,7 +69,7 @@ def results(tmp_path: Path) -> Path:
     for model, folder in folders.items():
         weights = f"weights of {model}".encode()
         sha256 = hashlib.sha256(weights).hexdigest()
-        about = {"stage": model, "sha256": sha256}
+        about = {"stage": model, "sha256": sha256, "skipped_steps": len(model)}
         write(folder / "provenance.json", about | ({"parent_sha256": parent} if parent else {}))
         write(folder / "config.json", {"architecture": "vit_demo"})
         (folder / "model.safetensors").write_bytes(weights)
@@ -151,6 +151,7 @@ def test_metrics_are_flat_and_compare_the_student_with_the_teacher(results: Path
     assert flat["reduction.params"] == 0.75
     assert flat["reduction.flops"] == 0.75
     assert flat["speedup.images_per_s"] == 2.4
+    assert flat["distill.skipped_steps"] == len("mlp") + len("full")
     assert "teacher.cosine" not in flat
     assert all(isinstance(value, int | float) for value in flat.values())
 
@@ -165,6 +166,18 @@ def test_curves_count_samples_over_the_stages(results: Path) -> None:
     assert [row["stage"] for row in rows] == ["mlp"] * 5 + ["full"] * 5
     assert set(rows[0]) == {"stage", "step", "samples", "lr", "loss", "pooled", "patch_tokens"}
     assert rows[5]["step"] == 10 and rows[5]["loss"] == 0.05
+
+
+def test_curves_have_the_terms_that_a_stage_had(results: Path) -> None:
+    rows = history(20_000, 0.05)
+    for row in rows:
+        row["blocks"] = row.pop("patch_tokens")
+    write(results / "distill/full/history.json", rows)
+    made(results)
+    curves = json.loads((results / "curves.json").read_text())
+    assert "blocks" not in curves[0] and "patch_tokens" not in curves[5]
+    assert curves[5]["blocks"] == rows[0]["blocks"]
+    assert '<span class="key blocks">blocks</span>' in (results / "report.html").read_text()
 
 
 def test_student_is_the_last_stage_and_shares_no_bytes_with_it(results: Path) -> None:
@@ -193,6 +206,23 @@ def test_evaluation_of_other_weights_is_refused(results: Path, model: str) -> No
 
 def test_stage_made_from_other_weights_is_refused(results: Path) -> None:
     change(results / "distill/full/provenance.json", parent_sha256="0" * 64)
+    with pytest.raises(DgmrError, match=r"distill/full was not made from .*distill/mlp"):
+        made(results)
+
+
+def test_stage_that_pruned_first_is_followed_to_the_stage_before(results: Path) -> None:
+    weights = b"weights pruned again"
+    sha256 = hashlib.sha256(weights).hexdigest()
+    between = results / "distill/pruned/full"
+    parent = json.loads((results / "distill/full/provenance.json").read_text())["parent_sha256"]
+    write(between / "provenance.json", {"sha256": sha256, "parent_sha256": parent})
+    write(between / "config.json", {"architecture": "vit_demo"})
+    (between / "model.safetensors").write_bytes(weights)
+    made(results)  # what an earlier run left in between means nothing
+
+    change(results / "distill/full/provenance.json", parent_sha256=sha256)
+    made(results)
+    change(between / "provenance.json", parent_sha256="0" * 64)
     with pytest.raises(DgmrError, match=r"distill/full was not made from .*distill/mlp"):
         made(results)
 

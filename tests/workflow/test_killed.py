@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -17,13 +18,13 @@ def sha256_of_students(place):
     }
 
 
-def maps_of_jobs(place, command):
-    """What the processes of a ``dgmr`` command in this folder have mapped into memory."""
+def jobs(place, command):
+    """The processes of a ``dgmr`` command in this folder."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             said = (process / "cmdline").read_bytes().decode().split("\0")
             if command in said and os.readlink(process / "cwd") == str(place.folder):
-                yield (process / "maps").read_text()
+                yield process
         except OSError:  # it ended, or is another user's
             continue
 
@@ -53,18 +54,17 @@ def test_killed_twice_it_ends_at_the_same_students(place, finished):
     assert locked.status != 0 and "--unlock" in locked.output
     place.finish("--unlock")
 
-    # In a distillation, once it has opened the targets of its first batch.
-    place.kill_when(
-        lambda: any(".view0.safetensors" in maps for maps in maps_of_jobs(place, "distill")),
-        "distill",
-    )
+    # In a distillation, once it has saved a training checkpoint.
+    place.edit(distill__checkpoint_every_s=0)
+    place.kill_when(lambda: any(place.folder.glob("work/distill/*/step-*")), "distill")
     assert (place / "results/features/manifest.json").exists()
     assert not (place / "results/distill/mlp/model.safetensors").exists()
-    assert not list(maps_of_jobs(place, "distill"))  # its loop is dead too
+    assert not list(jobs(place, "distill"))  # its loop is dead too
 
     place.finish("--unlock")
     stored = {p: p.stat().st_mtime_ns for p in place.folder.glob("work/features/*/*/*/*")}
-    place.finish("distill")
+    done = place.finish("distill")
+    assert re.search(r"distill mlp: going on after step [1-9] of 10", done.output)
     assert {p: p.stat().st_mtime_ns for p in stored} == stored  # nothing was done twice
     assert sha256_of_students(place) == sha256_of_students(finished)
     assert not place.planned("distill") and not list(place.folder.rglob("*.partial"))

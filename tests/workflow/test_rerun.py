@@ -53,11 +53,25 @@ CASES = {
     "params.yaml: a default written out": (set_params(prune__round_to=1), Counter()),
     "last stage's lr": (
         set_params(distill__stages__all__lr=5e-4),
-        evaluated(1) + Counter(distill_stage=1),
+        CHECKED + evaluated(1) + Counter(distill_stage=1),
     ),
     "first stage's lr": (
         set_params(distill__stages__mlp__lr=5e-4),
-        evaluated(2) + Counter(distill_stage=2),
+        CHECKED + evaluated(2) + Counter(distill_stage=2),
+    ),
+    "last stage's prune": (
+        set_params(distill__stages__all__prune={"ratio": 0.5}),
+        CHECKED + evaluated(1) + Counter(distill_stage=1, prune_again=1),
+    ),
+    "how stages are run": (
+        set_params(
+            distill__processes=2,
+            distill__workers=1,
+            distill__shard_above=0,
+            distill__checkpoint_every_s=1,
+            distill__max_bad_steps=0,
+        ),
+        Counter(),
     ),
     "prune.ratio": (set_params(prune__ratio=0.5), CHECKED + REFITTED),
     "prune.compensate: none": (set_params(prune__compensate="none"), CHECKED + PRUNED),
@@ -84,11 +98,16 @@ CASES = {
     ),
     "features.views.count": (
         set_params(features__views__count=1),
-        PUBLISHED + Counter(targets=2),
+        CHECKED + PUBLISHED + Counter(targets=2),
     ),
+    "features.blocks": (
+        set_params(features__blocks=[0]),
+        CHECKED + PUBLISHED + Counter(targets=2),
+    ),
+    "features.cache: none": (set_params(features__cache="none"), CHECKED + PUBLISHED),
     "features.calibration.samples": (
         set_params(features__calibration__samples=32),
-        PUBLISHED + Counter(calibration=1),
+        CHECKED + PUBLISHED + Counter(calibration=1),
     ),
     "data.seed": (
         set_params(data__seed=1),
@@ -183,6 +202,38 @@ def test_other_ways_to_prune_run_through_the_rules(finished_copy, changes):
     blocks = json.loads((place / "results/prune/blocks.json").read_text())
     assert all(block["error_refit"] < block["error_plain"] for block in blocks.values())
     assert not place.planned("check", "prune")
+
+
+def test_other_ways_to_distill_run_through_the_rules(finished_copy):
+    """Two processes that ask the teacher themselves, intermediate blocks, pruning between stages."""
+    place = finished_copy.edit(
+        mlflow__tracking_uri=None,
+        features__cache="none",
+        features__blocks=[0],
+        features__patch_tokens=2,
+        distill__processes=2,
+        distill__stages__all={
+            "train": {"blocks": [0, 1]},
+            "prune": {"ratio": 0.5, "blocks": [1, 1]},
+            "loss": {"blocks": 0.5},
+            "samples": 640,
+            "lr": 1e-3,
+            "end_weight_decay": 0.2,
+            "accumulate": 2,
+            "ema": 0.9,
+        },
+    )
+    place.finish("check", "distill")
+    about = json.loads((place / "results/distill/pruned/all/provenance.json").read_text())
+    first, second = about["widths"].values()
+    assert second == first // 2 and about["compensate"] == "least_squares"
+    blocks = json.loads((place / "results/distill/pruned/all/blocks.json").read_text())
+    assert list(blocks.values())[1]["error_refit"] < list(blocks.values())[1]["error_plain"]
+    rows = json.loads((place / "results/distill/all/history.json").read_text())
+    assert {"pooled", "patch_tokens", "blocks"} < rows[-1].keys()
+    manifest = json.loads((place / "results/features/manifest.json").read_text())
+    assert not manifest["targets"]
+    assert not place.planned("check", "distill")
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ B: batch, D: embed dim, T: tokens.
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class Answers(nn.Module):
     """A timm model whose forward pass gives what the section ``features`` asks for, by name."""
 
     def __init__(self, model: TimmModel, config: Features) -> None:
-        """Wrap ``model``, which stays as it is but for hooks on the blocks asked for.
+        """Wrap ``model``, which stays as it is.
 
         Raises:
             DgmrError: it has no such block.
@@ -35,32 +36,34 @@ class Answers(nn.Module):
         super().__init__()
         self.model = model
         self.every = config.patch_tokens
-        self._said: dict[str, Tensor] = {}
         found = list(blocks(model).values())
         for index in config.blocks:
             if index >= len(found):
                 raise DgmrError(
                     f"features.blocks: there is no block {index}; the model's are 0 to {len(found) - 1}."
                 )
-            found[index].register_forward_hook(self._recorder(f"{BLOCK}{index}"))
+        self._asked = {f"{BLOCK}{index}": (found[index],) for index in config.blocks}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """The answers to normalised ``images`` ``[B, C, H, W]``."""
-        self._said = {}
-        said = outputs(self.model, images)
+        of_blocks: dict[str, Tensor] = {}
+        # Only now: activation checkpointing runs the blocks again in the backward pass.
+        with ExitStack() as hooks:
+            for name, (block,) in self._asked.items():
+                hooks.enter_context(block.register_forward_hook(_recorder(name, of_blocks)))
+            said = outputs(self.model, images)
         answers = {POOLED: said.pooled}
         if self.every is not None:
             answers[PATCH_TOKENS] = said.patch_tokens[:, :: self.every]
-        answers |= self._said
-        self._said = {}
-        return answers
+        return answers | of_blocks
 
-    def _recorder(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def record(_block: nn.Module, _arguments: object, output: Tensor) -> None:
-            # Swin's are [B, H, W, N].
-            self._said[name] = output.reshape(len(output), -1, output.shape[-1])
 
-        return record
+def _recorder(name: str, found: dict[str, Tensor]) -> Callable[[nn.Module, object, Tensor], None]:
+    def record(_block: nn.Module, _arguments: object, output: Tensor) -> None:
+        # Swin's are [B, H, W, N].
+        found[name] = output.reshape(len(output), -1, output.shape[-1])
+
+    return record
 
 
 def layout(model: TimmModel, config: Features) -> dict[str, Tensor]:

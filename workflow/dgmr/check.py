@@ -12,7 +12,7 @@ from dgmr.checkpoint import teacher_files
 from dgmr.data import tables
 from dgmr.data.evaluation import count_classes
 from dgmr.distill.learning import learned
-from dgmr.errors import DgmrError
+from dgmr.errors import DgmrError, told_of
 from dgmr.features.targets import check_space
 from dgmr.files import write_json
 from dgmr.mlps import mlps, widths
@@ -34,12 +34,14 @@ def check(config: Params, targets: Path, output: Path) -> None:
     found_mlps = mlps(model)
     # Whichever hidden units will be kept, the students can be built, and learn.
     built = students(model, config.prune, config.distill.stages)
+    per_view = bytes_per_view(model, config.features)
     for name, stage in config.distill.stages.items():
-        learned(built[name], stage, config.features)
+        with told_of(f"distill.stages.{name}.train"):
+            learned(built[name], stage, config.features)
     if config.features.cache == "disk":
-        wanted = data.n_samples * config.features.views.count
+        wanted = data.n_samples * config.features.views.count * per_view
         there = sum(path.stat().st_size for path in targets.rglob("*.safetensors"))
-        check_space(wanted * bytes_per_view(model, config.features) - there, targets)
+        check_space(wanted - there, targets)
     if input_size(model)[0] != 3:
         raise DgmrError(
             f"teacher.model: {teacher.model} takes {input_size(model)[0]} channels;"

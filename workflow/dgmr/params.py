@@ -158,14 +158,18 @@ class Data(Section):
 
 
 class ColorJitter(Section):
-    """Random changes of an image's colours, each by a factor from 1 - x to 1 + x; hue: from -x to x."""
+    """Random changes of an image's colours; the defaults are DINOv2's."""
 
     probability: Fraction = 0.8
     """That a view has any of them."""
     brightness: Fraction = 0.4
+    """x: by a factor from 1 - x to 1 + x."""
     contrast: Fraction = 0.4
+    """x: by a factor from 1 - x to 1 + x."""
     saturation: Fraction = 0.2
+    """x: by a factor from 1 - x to 1 + x."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """x: turned by -x to x of the whole circle."""
 
 
 class Views(Section):
@@ -174,7 +178,7 @@ class Views(Section):
     count: Annotated[int, Field(ge=1)] = 1
     """Views of a sample."""
     seed: int = 0
-    """Of the crops and flips."""
+    """Of all that is drawn for a view."""
     crop_scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (
         0.2,
         1.0,
@@ -183,7 +187,7 @@ class Views(Section):
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
     color_jitter: ColorJitter | None = None
-    """Null: none. The defaults of its keys are DINOv2's."""
+    """Null: none."""
     grayscale: Fraction = 0.0
     """Probability of losing all colour; DINOv2's: 0.2."""
     blur: Fraction = 0.0
@@ -392,7 +396,9 @@ class Stage(Section):
     )
     """Of AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.04
-    """Of AdamW; biases and the scales of norms do not decay."""
+    """Of AdamW."""
+    decay_all: bool = False
+    """Biases, the scales of norms and position embeddings decay too."""
     end_weight_decay: Annotated[float, Field(ge=0)] | None = None
     """Weight decay at the end of a cosine; null: it stays as it is."""
     clip_grad: Annotated[float, Field(gt=0)] | None = 1.0
@@ -406,11 +412,13 @@ class Stage(Section):
     """Of the order of the samples, and of dropout where the model has it."""
 
     @model_validator(mode="after")
-    def _at_least_a_step(self) -> Self:
+    def _consistent(self) -> Self:
         if self.samples < self.batch_size:
             raise ValueError(
                 f"samples {self.samples} must be at least one batch_size {self.batch_size}"
             )
+        if self.end_weight_decay is not None and not self.weight_decay:
+            raise ValueError("end_weight_decay needs a weight_decay above 0 to begin with")
         return self
 
 

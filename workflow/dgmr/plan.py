@@ -228,7 +228,10 @@ def _disk(config: Params, teacher: TimmModel, built: Mapping[str, TimmModel]) ->
         name: min(tokens[name], calibration.tokens) * mlp.in_features
         for name, mlp in mlps(teacher).items()
     }
-    models = sum(map(count_parameters, (teacher, *built.values())))
+    stages = config.distill.stages
+    pruned_again = [built[name] for name, stage in stages.items() if stage.prune is not None]
+    models = [teacher, *built.values(), *pruned_again]
+    states = [_state_count(stage, built[name]) for name, stage in stages.items()]
     sizes = {
         "shards": _shards(config.data),
         "evaluation shards": _evaluation_shards(config.data),
@@ -236,7 +239,14 @@ def _disk(config: Params, teacher: TimmModel, built: Mapping[str, TimmModel]) ->
             images * sum(rows.values()) * _FLOAT32,
             f"{images:,} images x at most {calibration.tokens} tokens, {len(rows)} MLPs, float32",
         ),
-        "models": Size(models * _FLOAT32, f"the teacher and {len(built)} students in float32"),
+        "models": Size(
+            sum(map(count_parameters, models)) * _FLOAT32,
+            f"the teacher and {len(models) - 1} students in float32",
+        ),
+        "training checkpoints": Size(
+            (sum(states) + 2 * max(states)) * _FLOAT32,
+            "one of every stage that is done; while one trains, two and one that is written",
+        ),
     }
     if features.cache == "disk":
         views = samples * features.views.count
@@ -294,7 +304,13 @@ def _memory(config: Params, teacher: TimmModel, built: Mapping[str, TimmModel]) 
         f"the teacher's two largest blocks and what lies outside blocks, a batch of {batch}",
     )
     sizes |= _prune_memory(config, teacher, dense, kept, tokens)
+    before = student
     for name, stage in config.distill.stages.items():
+        if stage.prune is not None and config.prune.compensate == "least_squares":
+            sizes[f"prune_again {name}"] = _sequential(
+                config, teacher, mlps(before), mlps(built[name]), tokens
+            )
+        before = built[name]
         images = -(-stage.batch_size // (config.distill.processes * stage.accumulate))
         sizes[f"distill_stage {name}"] = Size(
             _training_bytes(stage, built[name], images, tokens)
@@ -333,13 +349,6 @@ def _prune_memory(
         # Rows in float64, and their products with as many directions.
         return 2 * _FLOAT64 * mlp.hidden_features * (1 + _is_gated(mlp)) * mlp.in_features
 
-    def refit(name: str) -> int:
-        units, k = dense[name].hidden_features, kept[name].hidden_features
-        moments = 5 * _FLOAT64 * k * (k + dense[name].out_features)
-        return (
-            block(dense[name]) + block(kept[name]) + moments + 2 * TOKENS_AT_ONCE * units * _FLOAT32
-        )
-
     sizes = {}
     if config.prune.method == "taylor":
         batch = config.features.batch_size
@@ -351,19 +360,45 @@ def _prune_memory(
         max(map(order, dense.values())), f"the largest block, by {config.prune.method}"
     )
     if config.prune.sequential:
-        images = min(config.features.calibration.samples, config.data.n_samples)
-        states = max(tokens[name] * mlp.in_features for name, mlp in dense.items())
-        pixels = math.prod(input_size(teacher))
-        sizes["refit_blocks"] = Size(
-            max(map(refit, dense)) + images * (4 * states + pixels) * _FLOAT32,
-            f"a block's, and {images:,} images on their way through teacher and student",
-        )
+        sizes["refit_blocks"] = _sequential(config, teacher, dense, kept, tokens)
     elif config.prune.compensate == "least_squares":
         sizes["refit_blocks"] = Size(
-            max(map(refit, dense)),
+            _refit_bytes(dense, kept),
             "the largest block, dense and pruned, and the regression's moments",
         )
     return sizes
+
+
+def _sequential(
+    config: Params,
+    teacher: TimmModel,
+    dense: Mapping[str, PrunableMlp],
+    kept: Mapping[str, PrunableMlp],
+    tokens: Mapping[str, int],
+) -> Size:
+    """Of refits in sequence."""
+    images = min(config.features.calibration.samples, config.data.n_samples)
+    states = max(tokens[name] * mlp.in_features for name, mlp in dense.items())
+    pixels = math.prod(input_size(teacher))
+    return Size(
+        _refit_bytes(dense, kept) + images * (4 * states + pixels) * _FLOAT32,
+        f"a block's, and {images:,} images on their way through both models",
+    )
+
+
+def _refit_bytes(dense: Mapping[str, PrunableMlp], kept: Mapping[str, PrunableMlp]) -> int:
+    """Of the largest block: dense and pruned, the regression's moments, tokens on their way."""
+
+    def block(mlp: PrunableMlp) -> int:
+        return mlp.hidden_features * mlp.unit_parameters * _FLOAT32
+
+    def refit(name: str) -> int:
+        units, k = dense[name].hidden_features, kept[name].hidden_features
+        moments = 5 * _FLOAT64 * k * (k + dense[name].out_features)
+        hidden = 2 * TOKENS_AT_ONCE * units * _FLOAT32
+        return block(dense[name]) + block(kept[name]) + moments + hidden
+
+    return max(map(refit, dense))
 
 
 def _inference_bytes(found: Mapping[str, PrunableMlp], tokens: Mapping[str, int]) -> int:
@@ -379,19 +414,28 @@ def _training_bytes(
     stage: Stage, student: TimmModel, images: int, tokens: Mapping[str, int]
 ) -> int:
     """Weights, gradients, the optimizer's moments, and what the backward pass needs of ``images``."""
-    trained = named(student, stage)
-    learning = sum(p.numel() for name, p in student.named_parameters() if name in trained)
     half = stage.precision == "bfloat16"
     # Autocast keeps a copy of the weights in bfloat16.
     copy = 2 * count_parameters(student) if half else 0
-    copies = 3 if stage.ema is None else 4
-    state = (count_parameters(student) + copies * learning) * _FLOAT32
+    gradients = _learning_count(stage, student)
+    state = (_state_count(stage, student) + gradients) * _FLOAT32
     kept = mlps(student)
     saved = images * _saved(kept, tokens)
     if stage.grad_checkpointing:  # the inputs of all blocks, and one block
         blocks_inputs = sum(tokens[name] * mlp.in_features for name, mlp in kept.items())
         saved = saved // len(kept) + images * blocks_inputs
     return state + copy + saved * (2 if half else _FLOAT32)
+
+
+def _state_count(stage: Stage, student: TimmModel) -> int:
+    """Numbers in a training checkpoint: weights, the optimizer's moments, the average."""
+    copies = 2 if stage.ema is None else 3
+    return count_parameters(student) + copies * _learning_count(stage, student)
+
+
+def _learning_count(stage: Stage, student: TimmModel) -> int:
+    trained = named(student, stage)
+    return sum(p.numel() for name, p in student.named_parameters() if name in trained)
 
 
 def _saved(found: Mapping[str, PrunableMlp], tokens: Mapping[str, int]) -> int:

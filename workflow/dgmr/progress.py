@@ -14,12 +14,15 @@ _LINE_BAR = 20
 
 @contextmanager
 def progress(
-    what: str, total: int, unit: str = "images", done: int = 0
+    what: str, total: int, unit: str = "images", done: int = 0, shown: bool = True
 ) -> Iterator[Callable[[int], None]]:
     """Show how far ``what`` has come, on standard error; call the given function with units done.
 
-    ``done`` of the ``total`` were done before.
+    ``done`` of the ``total`` were done before; of several processes one has it ``shown``.
     """
+    if not shown:
+        yield lambda _units: None
+        return
     started, before = time.monotonic(), done
 
     def rate() -> float:

@@ -181,7 +181,12 @@ class Targets:
         return list(self._found(next(iter(self._paths))))
 
     def read(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """By name, one row for each of ``rows``, as stored: ``[len(rows), ...]``."""
+        """By name, one row for each of ``rows``, as stored: ``[len(rows), ...]``.
+
+        Raises:
+            DgmrError: a file is not what it was any more.
+            IndexError: a row is none of its file.
+        """
         found = self._found((rows[0].shard, rows[0].view))
         batch = {
             name: torch.empty([len(rows), span.row_bytes], dtype=torch.uint8)
@@ -189,9 +194,12 @@ class Targets:
         }
         buffers = {name: tensor.view(-1).numpy().data for name, tensor in batch.items()}
         for index, (shard, row, view) in enumerate(rows):
+            lying = self._found((shard, view))
             descriptor = os.open(self._paths[shard, view], os.O_RDONLY)
             try:
-                for name, span in self._found((shard, view)).items():
+                for name, span in lying.items():
+                    if not 0 <= row < span.rows:
+                        raise IndexError(f"{self._paths[shard, view]} has no row {row}")
                     target = buffers[name][index * span.row_bytes : (index + 1) * span.row_bytes]
                     count = os.preadv(descriptor, [target], span.offset + row * span.row_bytes)
                     if count != span.row_bytes:
@@ -205,5 +213,8 @@ class Targets:
 
     def _found(self, file: tuple[str, int]) -> dict[str, Spans]:
         if file not in self._spans:
-            self._spans[file] = spans(self._paths[file])
+            try:
+                self._spans[file] = spans(self._paths[file])
+            except (OSError, ValueError):  # gone, or cut off in its header
+                raise DgmrError(_damaged(self._paths[file])) from None
         return self._spans[file]

@@ -191,6 +191,7 @@ class Rows:
 class Spans(NamedTuple):
     """Where the rows of a safetensors file's tensor lie."""
 
+    rows: int
     dtype: torch.dtype
     row: list[int]
     """Shape of a row."""
@@ -211,7 +212,7 @@ def spans(path: Path) -> dict[str, Spans]:
         start, end = about["data_offsets"]
         count, *row = about["shape"]
         row_bytes = (end - start) // max(count, 1)
-        found[name] = Spans(dtypes[about["dtype"]], row, row_bytes, 8 + length + start)
+        found[name] = Spans(count, dtypes[about["dtype"]], row, row_bytes, 8 + length + start)
     return found
 
 

@@ -30,7 +30,7 @@ def learned(skeleton: TimmModel, config: Stage, features: Features) -> set[str]:
     reached = {name for name, p in skeleton.named_parameters() if p.grad is not None}
     found = reached & named(skeleton, config)
     if not found:
-        raise DgmrError("distill: no parameter that the stage trains has a part in its loss.")
+        raise DgmrError("no parameter that it names has a part in the stage's loss.")
     return found
 
 
@@ -46,8 +46,7 @@ def named(model: nn.Module, config: Stage) -> set[str]:
         found = list(blocks(model).values())
         if last >= len(found):
             raise DgmrError(
-                f"distill: train names the blocks {first} to {last}, but the student's are 0 to"
-                f" {len(found) - 1}."
+                f"there are no blocks {first} to {last}; the student's are 0 to {len(found) - 1}."
             )
         modules = found[first : last + 1]
     elif config.train == "all":
@@ -61,13 +60,14 @@ def named(model: nn.Module, config: Stage) -> set[str]:
 
 
 def optimizer(student: nn.Module, config: Stage) -> Optimizer:
-    """AdamW over the parameters of ``student`` that require gradients; biases and scales do not decay."""
+    """AdamW over the parameters of ``student`` that require gradients."""
     found: Optimizer = create_optimizer_v2(
         student,
         "adamw",
         lr=config.lr,
         weight_decay=config.weight_decay,
         betas=config.betas,
+        filter_bias_and_bn=not config.decay_all,
         fused=True,
     )
     return found

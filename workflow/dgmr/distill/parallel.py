@@ -21,6 +21,9 @@ from dgmr.errors import DgmrError
 from dgmr.mlps import blocks
 from dgmr.models import count_parameters
 
+# After a SIGTERM, until torchrun kills what still runs.
+_TIME_TO_SAVE_S = 900
+
 
 class Processes(NamedTuple):
     """Those that train together, as one of them sees them."""
@@ -50,8 +53,9 @@ def launch(count: int) -> None:
             f"distill: {count} processes want an accelerator each, but this machine has"
             f" {torch.accelerator.device_count()}: lower distill.processes, or the job's gpu."
         )
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command = [sys.executable, *torchrun, "-m", "dgmr", *sys.argv[1:]]
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    torchrun.append(f"--shutdown-timeout={_TIME_TO_SAVE_S}")
+    command = [sys.executable, "-m", *torchrun, "-m", "dgmr", *sys.argv[1:]]
     # They share the threads of this one.
     threads = {"OMP_NUM_THREADS": str(max(torch.get_num_threads() // count, 1))}
     os.execve(sys.executable, command, os.environ | threads)  # noqa: S606 - our own command

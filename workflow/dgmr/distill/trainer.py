@@ -18,7 +18,7 @@ from dgmr.distill.history import History
 from dgmr.distill.learner import Learner, Measured, Teacher
 from dgmr.distill.pairs import Batch, Batches, PairOrder, Pairs
 from dgmr.distill.parallel import Processes, gathered, processes, wait_for_all, whole
-from dgmr.errors import DgmrError, Stopped
+from dgmr.errors import DgmrError, Stopped, told_of
 from dgmr.files import write_json
 from dgmr.fingerprint import code, key
 from dgmr.models import TimmModel, loader_workers
@@ -29,6 +29,7 @@ from dgmr.targets import Manifest
 log = logging.getLogger(__name__)
 HISTORY = "history.json"
 BAD_STEPS = "bad_steps.json"
+_ASKING = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def train(
         pairs = Pairs(data, features, student, verify=group.is_first)
         wait_for_all(group)  # the first one verifies for all
         transform = pairs.transform
-        learner = Learner(student, skeleton, config, asked, transform, group, shard_above)
+        with told_of(f"distill.stages.{name}.train"):
+            learner = Learner(student, skeleton, config, asked, transform, group, shard_above)
         online = None
         if pairs.targets is None:
             online = Teacher(artefact.load(teacher), asked, group, shard_above)
@@ -99,7 +101,8 @@ def train(
         saved_at = time.monotonic()
         total, before = steps * config.batch_size, first * config.batch_size
         batch: Batch
-        with progress(f"distill {name}", total, done=before) as advance:
+        bar = progress(f"distill {name}", total, done=before, shown=group.is_first)
+        with bar as advance:
             for step, batch in enumerate(loader, start=first):
                 _seed(config.seed, step, group.rank)
                 is_due = time.monotonic() - saved_at >= running.checkpoint_every_s
@@ -168,16 +171,14 @@ def _seed(seed: int, step: int, rank: int) -> None:
 
 @contextlib.contextmanager
 def _stop_asked() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGTERM and SIGINT are noted, the first of each; tells whether one came."""
+    """Within the block SIGTERM and SIGINT are only noted; tells whether one came.
+
+    Not the second one either: where a scheduler sends them to all processes, torchrun sends them again.
+    """
     received: list[int] = []
     before: dict[int, Any] = {}
-
-    def note(number: int, _frame: object) -> None:
-        received.append(number)
-        signal.signal(number, before[number])  # a second one is meant
-
-    for asking in (signal.SIGTERM, signal.SIGINT):
-        before[asking] = signal.signal(asking, note)
+    for asking in _ASKING:
+        before[asking] = signal.signal(asking, lambda number, _frame: received.append(number))
     try:
         yield lambda: bool(received)
     finally:
@@ -187,7 +188,7 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
 
 def _leave_signals_to_the_trainer(_worker: int) -> None:
     """They go to all processes of a job; what the loader has begun is still wanted."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _ASKING:
         signal.signal(number, signal.SIG_IGN)
 
 

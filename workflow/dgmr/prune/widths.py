@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dgmr.errors import DgmrError
+from dgmr.errors import DgmrError, told_of
 from dgmr.mlps import PrunableMlp, mlps
 from dgmr.models import TimmModel, count_parameters
 from dgmr.params import Prune, Stage, StagePrune
@@ -70,8 +70,7 @@ def shrunk(model: TimmModel, stage: StagePrune, config: Prune) -> dict[str, int]
         first, last = stage.blocks
         if last >= len(names):
             raise DgmrError(
-                f"distill: a stage prunes the blocks {first} to {last}, but the model's are 0 to"
-                f" {len(names) - 1}."
+                f"there are no blocks {first} to {last}; the student's are 0 to {len(names) - 1}."
             )
         names = names[first : last + 1]
     elif config.include_pool_head:
@@ -82,8 +81,8 @@ def shrunk(model: TimmModel, stage: StagePrune, config: Prune) -> dict[str, int]
         wanted = int(stage.ratio * mlp.in_features)
         if wanted > mlp.hidden_features:
             raise DgmrError(
-                f"distill: a stage prunes {name} to {wanted} hidden units, but it has only"
-                f" {mlp.hidden_features} left by then: lower the stage's prune.ratio."
+                f"{name} would keep {wanted} hidden units, but it has only {mlp.hidden_features} left"
+                " by then: lower the ratio."
             )
         widths[name] = _rounded(wanted, config.round_to, mlp.hidden_features)
         _check_reach(name, mlp, widths[name], config.max_ratio)
@@ -106,7 +105,8 @@ def students(
         found = {"pruned": student}
         for name, stage in stages.items():
             if stage.prune is not None:
-                student = build(student, shrunk(student, stage.prune, config))
+                with told_of(f"distill.stages.{name}.prune"):
+                    student = build(student, shrunk(student, stage.prune, config))
             found[name] = student
     return found
 

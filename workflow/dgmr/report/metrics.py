@@ -19,7 +19,7 @@ MODEL_METRICS = (
     "flops",
     "images_per_s",
 )
-_CURVE = ("step", "samples", "lr", "loss", "pooled", "patch_tokens")
+_CURVE = ("step", "samples", "lr", "loss", "pooled", "patch_tokens", "blocks")
 
 Row = dict[str, Any]
 
@@ -83,7 +83,8 @@ def flat(results: Results) -> dict[str, float]:
     """``<model>.<metric>`` of every model and of ``student``, the last stage's; what was saved.
 
     Accuracies are in percent, ``reduction.*`` fractions of the teacher's that are gone,
-    ``speedup.images_per_s`` the ratio to the teacher's.
+    ``speedup.images_per_s`` the ratio to the teacher's; ``distill.skipped_steps`` those of all stages
+    whose loss or gradient was no finite number.
     """
     teacher, student = results.models[TEACHER], results.models[results.last_stage]
     found = {
@@ -94,6 +95,9 @@ def flat(results: Results) -> dict[str, float]:
     }
     for metric in ("params", "flops"):
         found[f"reduction.{metric}"] = 1 - student[metric] / teacher[metric]
+    found["distill.skipped_steps"] = sum(
+        results.provenance[stage]["skipped_steps"] for stage in results.histories
+    )
     found["speedup.images_per_s"] = student["images_per_s"] / teacher["images_per_s"]
     return found
 
@@ -104,7 +108,7 @@ def curves(results: Results) -> list[Row]:
     for stage, history in results.histories.items():
         before = rows[-1]["samples"] if rows else 0
         for row in history:
-            kept = {name: row[name] for name in _CURVE}
+            kept = {name: row[name] for name in _CURVE if name in row}
             rows.append({"stage": stage, **kept, "samples": before + row["samples"]})
     return rows
 
@@ -121,7 +125,13 @@ def _check_weights(file: Path, sha256: str | None, folder: Path, provenance: Row
 def _check_chain(folders: dict[str, Path], provenance: dict[str, Row]) -> None:
     """Refuse a model that was made from another than the one before it."""
     for parent, child in zip(list(folders), list(folders)[1:], strict=False):
-        if provenance[child]["parent_sha256"] != provenance[parent]["sha256"]:
+        made_from = provenance[child]["parent_sha256"]
+        pruned_again = folders[child].parent / "pruned" / child
+        if made_from != provenance[parent]["sha256"] and pruned_again.is_dir():
+            between = artefact.provenance(pruned_again)
+            if between["sha256"] == made_from:
+                made_from = between["parent_sha256"]
+        if made_from != provenance[parent]["sha256"]:
             raise DgmrError(
                 f"{folders[child]} was not made from the weights in {folders[parent]}:"
                 " run snakemake again, so that it is remade."

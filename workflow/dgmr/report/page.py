@@ -34,7 +34,13 @@ _PAGE_COLOURS = {
     _ACCENT: "var(--accent)",
     _SECOND: "var(--second)",
 }
-_CURVE_COLOURS = {"loss": _INK, "patch_tokens": _ACCENT, "pooled": _SECOND}
+_CURVE_COLOURS = {"loss": _INK, "patch_tokens": _ACCENT, "pooled": _SECOND, "blocks": _MUTED}
+_CURVE_NAMES = {
+    "loss": "weighted loss",
+    "patch_tokens": "patch tokens",
+    "pooled": "pooled output",
+    "blocks": "blocks",
+}
 _CHART_STYLE: dict[Any, Any] = {
     "axes.edgecolor": _MUTED,
     "axes.grid": True,
@@ -110,6 +116,7 @@ def render(
         margin=_margin(found.models[TEACHER]),
         speed=found.speed,
         loss_chart=_loss_chart(curves),
+        loss_keys={n: text for n, text in _CURVE_NAMES.items() if any(n in row for row in curves)},
         size_chart=_size_chart(found, accuracy),
         size_chart_shows={"top1": "Top-1 accuracy", "cosine": "Cosine to the teacher"}[accuracy],
         blocks=[_block_row(name, block) for name, block in found.blocks.items()],
@@ -303,7 +310,9 @@ def _loss_chart(curves: list[Row]) -> Markup:
     def draw(axes: Axes) -> None:
         samples = [row["samples"] for row in curves]
         for name, colour in _CURVE_COLOURS.items():
-            values = [row[name] for row in curves]
+            if not any(name in row for row in curves):
+                continue
+            values = [row.get(name, math.nan) for row in curves]  # a gap where a stage has no such
             axes.plot(samples, values, color=colour, linewidth=1.4, marker="o", markersize=1.8)
         axes.set(xlabel="distillation samples", yscale="log", xlim=(0, samples[-1]))
         axes.xaxis.set_major_locator(MaxNLocator(6))
