@@ -42,11 +42,11 @@ bench-distill: install ## The feature cache, the trainer and the recipes; last l
 	$(BIN)/python benchmarks/distill.py
 
 bench-prune: install ## The prune room's speed, memory and error; last line JSON (45 minutes, 25 GB of disk).
-	$(BIN)/snakemake --cores all --quiet all -- data
+	$(BIN)/snakemake --cores all --quiet all -- data evaluation_data
 	$(BIN)/python benchmarks/prune.py
 
 bench-methods: install ## Every selection method with every compensation on the demo teacher.
-	$(BIN)/snakemake --cores all --quiet all -- data
+	$(BIN)/snakemake --cores all --quiet all -- data evaluation_data
 	$(BIN)/python benchmarks/methods.py
 
 bench-minilm: install ## The selection methods on a pretrained text encoder, which is downloaded.

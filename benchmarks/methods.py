@@ -2,7 +2,7 @@
 
 What the tables in docs/benchmarks.md show: feature MSE and top-1 on evaluation images, none of which
 was used for calibration, by method, compensation and width ratio; and how both depend on the number
-of calibration images. Needs the data room (``snakemake data``); works in a folder of its own and
+of calibration images. Needs the data room (``snakemake data evaluation_data``); works in a folder of its own and
 writes JSON. ``make bench-methods`` runs it.
 """
 

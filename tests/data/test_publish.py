@@ -8,7 +8,7 @@ import pytest
 from dgmr.data import publish as module
 from dgmr.data.evaluation import make
 from dgmr.data.pack import LEDGER, pack
-from dgmr.data.publish import publish
+from dgmr.data.publish import publish, publish_evaluation
 from dgmr.data.select import select
 from dgmr.errors import DgmrError
 from dgmr.files import read_json
@@ -23,8 +23,8 @@ def table(path, urls):
 
 
 @pytest.fixture
-def way(tmp_path, small_fashion_mnist):
-    """The steps before: 5 rows in two jobs, one of them missing, one broken; 6 labelled images."""
+def way(tmp_path):
+    """The steps before: 5 rows in two jobs, one of them missing, one broken."""
     names = [f"{index}.png" for index in range(5)]
     for index, name in enumerate(names):
         (tmp_path / name).write_bytes(encoded(picture(index)))
@@ -37,10 +37,8 @@ def way(tmp_path, small_fashion_mnist):
     for job, shards in config.jobs.items():
         rows, output = tmp_path / "selection" / f"{job}.parquet", tmp_path / "jobs" / job
         pack(rows, shards, output, table_folder=tmp_path, downloaded=None, image_size=None)
-    make(EvaluationData(n_samples=6), 4, tmp_path / "eval", tmp_path)
     return {
         "jobs": sorted((tmp_path / "jobs").iterdir()),
-        "evaluation": tmp_path / "eval",
         "selection": tmp_path / "selection" / "selection.json",
         "output": tmp_path / "results",
     }
@@ -52,11 +50,16 @@ def test_all_is_gathered(way):
     images = ShardedImages(output, verify=True)
     assert [shard.name for shard in images.shards] == ["00000", "00001", "00002"]
     assert sorted(images.keys) == ["000000000", "000000003", "000000004"]
-    evaluation = ShardedImages(output / "eval", verify=True)
-    assert [shard.samples for shard in evaluation.shards] == [4, 2]
-    assert evaluation.manifest["source"] == "fashion-mnist"
-    for path in (output / "00001.tar", output / "eval" / "00000.parquet"):
-        assert path.stat().st_nlink == 2  # no second copy on the disk
+    assert (output / "00001.tar").stat().st_nlink == 2  # no second copy on the disk
+
+
+def test_evaluation_shards_are_gathered_apart(tmp_path, small_fashion_mnist):
+    make(EvaluationData(n_samples=6), 4, tmp_path / "made", tmp_path)
+    publish_evaluation(tmp_path / "made", tmp_path / "eval")
+    images = ShardedImages(tmp_path / "eval", verify=True)
+    assert [shard.samples for shard in images.shards] == [4, 2]
+    assert images.manifest["source"] == "fashion-mnist"
+    assert (tmp_path / "eval/00000.parquet").stat().st_nlink == 2
 
 
 def test_ledger_holds_every_row(way):
@@ -76,7 +79,6 @@ def test_metrics_count_what_happened(way):
     publish(**way)
     assert read_json(way["output"] / module.METRICS) == {
         "samples": 3,
-        "eval_samples": 6,
         "table": {"rows": 5, "selected": 5, "url not file": 0},
         "images": {"ok": 3, "unreadable file": 1, "broken image": 1},
     }
@@ -115,4 +117,4 @@ def test_published_again_is_the_same(way):
     before = {path: path.read_bytes() for path in way["output"].rglob("*") if path.is_file()}
     publish(**way)
     after = {path: path.read_bytes() for path in way["output"].rglob("*") if path.is_file()}
-    assert before == after and len(before) == 14
+    assert before == after and len(before) == 9

@@ -181,7 +181,9 @@ def test_blocks_train_all_of_theirs_and_no_more(family):
             }
             assert learned(skeleton(family), config, asked) == wanted
     config = stage(train={"blocks": [0, 2]})
-    with pytest.raises(DgmrError, match=rf"0 to 2, but the student's are 0 to {len(prefixes) - 1}"):
+    with pytest.raises(
+        DgmrError, match=rf"no blocks 0 to 2; the student's are 0 to {len(prefixes) - 1}"
+    ):
         learned(model, config, asked)
 
 

@@ -270,10 +270,12 @@ def test_a_stage_that_would_grow_an_mlp_is_refused():
     with torch.device("meta"):
         model = build(skeleton("class token"), {"blocks.0.mlp": 60, "blocks.1.mlp": 40})
     assert shrunk_to(model, ratio=1.25) == [40, 40]
-    with pytest.raises(DgmrError, match=r"blocks\.1\.mlp to 41 hidden units, but it has only 40"):
+    with pytest.raises(
+        DgmrError, match=r"blocks\.1\.mlp would keep 41 .*, but it has only 40 left"
+    ):
         shrunk_to(model, ratio=1.3)
     assert shrunk_to(model, ratio=1.3, blocks=[0, 0]) == [41, 40]
-    with pytest.raises(DgmrError, match="prunes the blocks 0 to 2, but the model's are 0 to 1"):
+    with pytest.raises(DgmrError, match="there are no blocks 0 to 2; the student's are 0 to 1"):
         shrunk_to(model, ratio=1.0, blocks=[0, 2])
 
 
@@ -288,3 +290,11 @@ def test_students_are_what_each_stage_leaves():
     expected = {"pruned": [64, 64], "one": [48, 64], "two": [48, 64], "three": [32, 32]}
     assert {name: list(widths(model).values()) for name, model in found.items()} == expected
     assert all(p.is_meta for model in found.values() for p in model.parameters())
+
+
+def test_a_stage_that_cannot_prune_is_told_by_its_name():
+    about = {"train": "mlp", "samples": 64, "lr": 1e-3}
+    stages = {"one": Stage(**about), "two": Stage(**about, prune=StagePrune(ratio=1.5))}
+    says = r"distill\.stages\.two\.prune.*blocks\.0\.mlp would keep 48 .* only 32 left"
+    with pytest.raises(DgmrError, match=says):
+        students(skeleton("class token"), Prune(ratio=1.0), stages)

@@ -104,7 +104,6 @@ def results(tmp_path: Path) -> Path:
         results / "data/metrics.json",
         {
             "samples": 9_900,
-            "eval_samples": 10_000,
             "table": {
                 "rows": 60_000,
                 "url not file": 7,

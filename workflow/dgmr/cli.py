@@ -173,14 +173,24 @@ def data_evaluation(
 @data_app.command("publish")
 def data_publish(
     jobs: Annotated[list[Path], typer.Argument(help="Folders of packed shards.")],
-    evaluation: Annotated[Path, typer.Option(help="Folder of evaluation shards.")],
     selection: Annotated[Path, typer.Option(help="selection.json")],
     output: Output,
 ) -> None:
     """Gather the shards into results/data."""
     from dgmr.data.publish import publish
 
-    publish(jobs, evaluation, selection, output)
+    publish(jobs, selection, output)
+
+
+@data_app.command("publish-evaluation")
+def data_publish_evaluation(
+    evaluation: Annotated[Path, typer.Argument(help="Folder of evaluation shards.")],
+    output: Output,
+) -> None:
+    """Gather the evaluation shards into results/data/eval."""
+    from dgmr.data.publish import publish_evaluation
+
+    publish_evaluation(evaluation, output)
 
 
 @features_app.command("targets")

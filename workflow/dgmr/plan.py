@@ -137,6 +137,7 @@ def jobs(config: Params) -> dict[str, dict[str, int]]:
             "pack_shards": batches,
             "pack_evaluation": 1,
             "data": 1,
+            "evaluation_data": 1,
         },
         "features": {
             "targets": batches if config.features.cache == "disk" else 0,

@@ -30,6 +30,7 @@ DATA_KEY = PACK_KEY
 localrules:
     data,
     download_images,
+    evaluation_data,
 
 
 rule fashion_table:
@@ -137,11 +138,9 @@ rule pack_evaluation:
 rule data:
     input:
         jobs=expand(rules.pack_shards.output, job=JOBS),
-        evaluation=rules.pack_evaluation.output,
         selection=rules.select_samples.output.counts,
     output:
         manifest="results/data/manifest.json",
-        evaluation="results/data/eval/manifest.json",
         metrics="results/data/metrics.json",
         ledger="results/data/ledger.parquet",
         shards=expand("results/data/{shard}.tar", shard=PARAMS.data.shards),
@@ -155,5 +154,23 @@ rule data:
     message:
         "Gathering the shards"
     shell:
-        "python -m dgmr data publish {input.jobs} --evaluation {input.evaluation}"
-        " --selection {input.selection} --output {params.folder} 2>&1 | tee {log}"
+        "python -m dgmr data publish {input.jobs} --selection {input.selection}"
+        " --output {params.folder} 2>&1 | tee {log}"
+
+
+rule evaluation_data:
+    input:
+        rules.pack_evaluation.output,
+    output:
+        "results/data/eval/manifest.json",
+    log:
+        "logs/evaluation_data.log",
+    conda:
+        "../../envs/dgmr.yaml"
+    params:
+        folder=folder_of("output"),
+        code=code("dgmr.data.publish"),
+    message:
+        "Gathering the evaluation shards"
+    shell:
+        "python -m dgmr data publish-evaluation {input} --output {params.folder} 2>&1 | tee {log}"

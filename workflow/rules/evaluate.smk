@@ -12,7 +12,7 @@ rule evaluate_model:
     input:
         model=lambda wildcards: artefact_of(FOLDERS[wildcards.model]),
         teacher=rules.teacher.output,
-        data=rules.data.output.evaluation,
+        data=rules.evaluation_data.output,
     output:
         "results/evaluate/{model}.json",
     log:

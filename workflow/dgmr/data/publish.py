@@ -14,8 +14,8 @@ from dgmr.shards import MANIFEST, Shard, link_shard, write_manifest
 METRICS = "metrics.json"
 
 
-def publish(jobs: list[Path], evaluation: Path, selection: Path, output: Path) -> None:
-    """Link the shards of ``jobs`` and ``evaluation`` into ``output``; the manifest comes last.
+def publish(jobs: list[Path], selection: Path, output: Path) -> None:
+    """Link the shards of ``jobs`` into ``output``; the manifest comes last.
 
     Raises:
         DgmrError: not one image of the table could be had.
@@ -32,17 +32,16 @@ def publish(jobs: list[Path], evaluation: Path, selection: Path, output: Path) -
     shards = [(job, Shard(**entry)) for job in jobs for entry in read_json(job / SHARDS)]
     for job, shard in shards:
         link_shard(job, output, shard.name)
-    evaluation_manifest = read_json(evaluation / MANIFEST)
-    for entry in evaluation_manifest["shards"]:
-        link_shard(evaluation, output / "eval", entry["name"])
-    write_json(output / "eval" / MANIFEST, evaluation_manifest)
     write_json(
         output / METRICS,
-        {
-            "samples": reasons["ok"],
-            "eval_samples": evaluation_manifest["samples"],
-            "table": read_json(selection),
-            "images": dict(reasons),
-        },
+        {"samples": reasons["ok"], "table": read_json(selection), "images": dict(reasons)},
     )
     write_manifest(output, [shard for _, shard in shards])
+
+
+def publish_evaluation(evaluation: Path, output: Path) -> None:
+    """Link the ``evaluation`` shards into ``output``; the manifest comes last."""
+    manifest = read_json(evaluation / MANIFEST)
+    for entry in manifest["shards"]:
+        link_shard(evaluation, output, entry["name"])
+    write_json(output / MANIFEST, manifest)

@@ -5,7 +5,7 @@
     work/distill/<key of the run>/
       step-00001200/          after 1,200 steps
         state.safetensors     student, optimizer, average of the weights
-        state.json            the hash of that, the history, the skipped steps
+        state.json            the hash of that, the history, the skipped steps, and a hash of these
       bad_steps.json          pairs of steps that were skipped, where there are any
 
 The two newest are kept. Random numbers and the learning rate are functions of the step, and the order
@@ -17,6 +17,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from dgmr import weights
 from dgmr.distill.parallel import Processes, wait_for_all, whole
 from dgmr.errors import DgmrError
 from dgmr.files import read_json, replaced_folder, sha256, write_json
+from dgmr.fingerprint import key
 
 _STATE, _ABOUT = "state.safetensors", "state.json"
 _NAME = re.compile(r"step-(\d{8})")
@@ -61,15 +63,18 @@ def save(
     Raises:
         DgmrError: what was written is not what is read back.
     """
-    named = list(tensors)
+    named = sorted(tensors, key=itemgetter(0))
     if group.is_first:
+        for leftover in folder.glob("step-*.*"):  # of a writer that was killed
+            shutil.rmtree(leftover)
         layout = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in named}
         with replaced_folder(folder / f"step-{step:08d}") as partial:
             file = partial / _STATE
             written = weights.write(file, layout, ((n, whole(t)) for n, t in named))
             if sha256(file) != written:
                 raise DgmrError(f"{file} does not read back as it was written: check the disk.")
-            write_json(partial / _ABOUT, about | {"sha256": written})
+            content = about | {"sha256": written}
+            write_json(partial / _ABOUT, content | {"check": key(content)})
         for old in _folders(folder)[:-_KEPT]:
             shutil.rmtree(old)
     else:
@@ -83,7 +88,8 @@ def newest(folder: Path) -> Checkpoint | None:
     for found in reversed(_folders(folder)):
         try:
             about = read_json(found / _ABOUT)
-            if sha256(found / _STATE) == about.pop("sha256"):
+            is_whole = about.pop("check") == key(about)
+            if is_whole and sha256(found / _STATE) == about.pop("sha256"):
                 return Checkpoint(int(found.name[-8:]), found / _STATE, about)
         except (OSError, ValueError, LookupError, AttributeError):
             pass

@@ -54,7 +54,9 @@ def named(model: nn.Module, config: Stage) -> set[str]:
     else:
         modules = [mlp.module for mlp in mlps(model).values()]
         if config.train == "mlp+norm":
-            modules += [m for m in model.modules() if "Norm" in type(m).__name__]
+            # timm has norms of its own; only the layers, not blocks that are named after theirs.
+            layers = (m for m in model.modules() if not any(True for _ in m.children()))
+            modules += [m for m in layers if "Norm" in type(m).__name__]
     chosen = {id(p) for module in modules for p in module.parameters()}
     return {name for name, p in model.named_parameters() if id(p) in chosen}
 
@@ -62,7 +64,8 @@ def named(model: nn.Module, config: Stage) -> set[str]:
 def optimizer(student: nn.Module, config: Stage) -> Optimizer:
     """AdamW over the parameters of ``student`` that require gradients."""
     found: Optimizer = create_optimizer_v2(
-        student,
+        # Of a model, timm asks which parameters should not decay.
+        [p for p in student.parameters() if p.requires_grad] if config.decay_all else student,
         "adamw",
         lr=config.lr,
         weight_decay=config.weight_decay,

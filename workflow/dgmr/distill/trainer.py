@@ -19,7 +19,7 @@ from dgmr.distill.learner import Learner, Measured, Teacher
 from dgmr.distill.pairs import Batch, Batches, PairOrder, Pairs
 from dgmr.distill.parallel import Processes, gathered, processes, wait_for_all, whole
 from dgmr.errors import DgmrError, Stopped, told_of
-from dgmr.files import write_json
+from dgmr.files import sha256, write_json
 from dgmr.fingerprint import code, key
 from dgmr.models import TimmModel, loader_workers
 from dgmr.params import Stage
@@ -157,6 +157,7 @@ def _run_key(parent: Path, manifest: Manifest, pairs: Pairs, config: Stage) -> s
         torch.__version__,
         config.model_dump(mode="json"),
         artefact.provenance(parent)["sha256"],
+        sha256(parent / artefact.CONFIG),
         manifest.about,
         manifest.config.model_dump(mode="json", include={"cache", "views"}),
         manifest.target_hashes,
