@@ -38,6 +38,7 @@ def place(finished, tmp_path):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     (targets,) = place.folder.glob("work/features/*/targets")
     shutil.rmtree(targets)
+    shutil.rmtree(place / "work/distill")  # with it the stages would end at once
     return place
 
 

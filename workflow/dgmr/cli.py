@@ -218,16 +218,16 @@ def features_calibration(teacher: Teacher, data: Data, config: Config, output: O
 
 @features_app.command("publish")
 def features_publish(
-    targets: Annotated[list[Path], typer.Argument(help="Folders of targets.")],
     calibration: Annotated[Path, typer.Option(help="Folder of calibration inputs.")],
     teacher: Teacher,
     config: Config,
     output: Output,
+    targets: Annotated[list[Path] | None, typer.Argument(help="Folders of targets.")] = None,
 ) -> None:
     """List the features in results/features."""
     from dgmr.features.publish import publish
 
-    publish(teacher, targets, calibration, params.section(params.Features, config), output)
+    publish(teacher, targets or [], calibration, params.section(params.Features, config), output)
 
 
 @prune_app.command("saliency")
