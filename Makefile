@@ -11,7 +11,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-.PHONY: help install run test test-prune test-resume test-distributed lint ui demo-teacher schema lock bench-distill bench-prune bench-methods bench-minilm
+.PHONY: help install run test test-prune test-resume test-distributed lint ui demo-teacher schema lock bench-dag bench-distill bench-prune bench-methods bench-minilm
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ demo-teacher: install ## Train the demo teacher anew (about an hour on two cores
 bench-distill: install ## The feature cache, the trainer and the recipes; last line JSON (half an hour).
 	$(BIN)/snakemake --cores all --quiet all -- distill
 	$(BIN)/python benchmarks/distill.py
+
+bench-dag: install ## Seconds and memory of planning a run of the paper's size; last line JSON.
+	$(BIN)/python benchmarks/dag.py
 
 bench-prune: install ## The prune room's speed, memory and error; last line JSON (45 minutes, 25 GB of disk).
 	$(BIN)/snakemake --cores all --quiet all -- data evaluation_data

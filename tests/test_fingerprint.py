@@ -21,6 +21,7 @@ def package(tmp_path, monkeypatch):
     def forget():
         fingerprint.code.cache_clear()
         fingerprint._imports.cache_clear()
+        fingerprint._tree.cache_clear()
 
     def edit(file, old, new):
         text = (copy / file).read_text()
@@ -72,6 +73,7 @@ def test_code_does_not_depend_on_the_place(package, monkeypatch):
     copied = fingerprint.code("dgmr.prune.orders")
     monkeypatch.setattr(fingerprint, "PACKAGE", PACKAGE)
     fingerprint.code.cache_clear()
+    fingerprint._tree.cache_clear()
     assert fingerprint.code("dgmr.prune.orders") == copied
 
 

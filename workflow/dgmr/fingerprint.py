@@ -37,7 +37,7 @@ def code(module: str) -> str:
     tree, so rewording one reruns nothing. Templates beside a stage's modules count.
     """
     modules = sorted(_closure(module))
-    trees = {name: ast.dump(_without_docstrings(_source(name))) for name in modules}
+    trees = {name: _tree(_source(name)) for name in modules}
     templates = {
         path.name: path.read_text()
         for folder in sorted({_source(name).parent for name in modules})
@@ -80,12 +80,14 @@ def _source(name: str) -> Path:
     return PACKAGE.joinpath(*name.split(".")[1:]).with_suffix(".py")
 
 
-def _without_docstrings(path: Path) -> ast.AST:
+@functools.cache
+def _tree(path: Path) -> str:
+    """The syntax tree without docstrings, as text."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(body := getattr(node, "body", None), list):
             body[:] = [statement for statement in body if not _is_docstring(statement)]
-    return tree
+    return ast.dump(tree)
 
 
 def _is_docstring(statement: ast.stmt) -> bool:

@@ -150,9 +150,10 @@ class Data(Section):
     @property
     def jobs(self) -> dict[str, list[str]]:
         """Shards by the name of the job that works on them."""
-        groups = range(0, len(self.shards), self.shards_per_job)
+        shards = self.shards
+        groups = range(0, len(shards), self.shards_per_job)
         return {
-            f"{job:05d}": self.shards[start : start + self.shards_per_job]
+            f"{job:05d}": shards[start : start + self.shards_per_job]
             for job, start in enumerate(groups)
         }
 
