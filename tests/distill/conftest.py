@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from dgmr import artefact
 from dgmr.distill.trainer import Running, train
 from dgmr.files import read_json
@@ -24,6 +25,15 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 SHORT = {"train": "all", "samples": 32, "batch_size": 4, "lr": 1e-3, "warmup": 0.25}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the forks and the commands have: with another number of threads the last bits differ."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def stage(**changes):
