@@ -55,13 +55,15 @@ PRECISION_SAMPLES = 20_000
 # rates of both recipes.
 GOALS = {0.25: (0.20, 0.17, 0.14, 0.12), 0.125: (0.35, 0.30, 0.25, 0.22)}
 PLAIN_LRS = {0.25: (1.5e-3, 3e-3, 6e-3), 0.125: (1.5e-3, 3e-3, 6e-3)}
-OUR_LRS = {0.25: (2.5e-3, 4e-3, 8e-3), 0.125: (4e-3, 6e-3, 1e-2)}
+OUR_LRS = {0.25: (2.5e-3, 4e-3, 8e-3), 0.125: (4e-3, 8e-3, 1.2e-2)}
 PLAIN_BUDGETS = {
     0.25: (3200, 6400, 12800, 25600, 51200, 102400),
     0.125: (3200, 6400, 12800, 25600, 51200),
 }
 OUR_BUDGETS = dict.fromkeys(GOALS, (1600, 3200, 6400, 12800))
-OUR_CALIBRATION = 1024
+OUR_CALIBRATION = {0.25: 1024, 0.125: 512}
+# Of AdamW, in both recipes.
+BETAS = {0.25: (0.9, 0.999), 0.125: (0.8, 0.99)}
 # All blocks but the last, whose output the final norm scales down.
 BLOCKS = (0, 1, 2, 3, 4)
 
@@ -247,10 +249,10 @@ def samples(folder: Path, bench: Bench, widths: list[float]) -> list[dict[str, A
     }
     rows = []
     for ratio in widths:
-        calibrated = bench.calibrated(OUR_CALIBRATION)
+        calibrated = bench.calibrated(OUR_CALIBRATION[ratio])
         for recipe, (method, compensate, loss, budgets, lrs) in recipes.items():
             order = bench.order(method, calibrated, None)
-            counted = 0 if compensate == "none" else OUR_CALIBRATION
+            counted = 0 if compensate == "none" else OUR_CALIBRATION[ratio]
             start = folder / f"{recipe}-{ratio}"
             chosen = Prune(method=method, ratio=ratio, compensate=compensate)
             bench.assembled(chosen, calibrated, order, start)
@@ -258,7 +260,8 @@ def samples(folder: Path, bench: Bench, widths: list[float]) -> list[dict[str, A
             rows.append(about | {"samples": counted, "lr": None} | _scores(start, bench))
             print(rows[-1], flush=True)
             for budget, lr in itertools.product(budgets[ratio], lrs[ratio]):
-                stage = Stage(train="all", samples=budget, lr=lr, min_lr=lr / 100, loss=loss)
+                schedule = {"samples": budget, "lr": lr, "min_lr": lr / 100, "betas": BETAS[ratio]}
+                stage = Stage(train="all", loss=loss, **schedule)
                 place = folder / f"{recipe}-{ratio}-{budget}-{lr}"
                 out = _trained(place, start, folder / "room", stage)
                 found = {"samples": budget + counted, "lr": lr} | _scores(out, bench)
