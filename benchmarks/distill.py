@@ -8,7 +8,7 @@ Samples: the plain recipe (Gram-Schmidt on the weights, no compensation, the pap
 (``output_gram_schmidt``, least squares, block targets besides), each with the best of three learning
 rates at every budget, every budget a whole cosine of its own; calibration images count as samples.
 
-Needs a finished default run (``make run``); works in a folder of its own. ``make bench-distill`` runs it;
+Needs a finished default run (``make run``), and for the photos the variable DGMR_TEST_PHOTOS; works in a folder of its own. ``make bench-distill`` runs it;
 its last line is one JSON object.
 """
 
@@ -34,11 +34,11 @@ import torch
 from dgmr import artefact, params
 from dgmr.distill.learner import Learner
 from dgmr.distill.pairs import Batches, PairOrder, Pairs
-from dgmr.distill.trainer import Running, train
+from dgmr.distill.trainer import train
 from dgmr.features import targets
 from dgmr.features.publish import publish
 from dgmr.files import read_json, write_json
-from dgmr.params import Features, Prune, Stage
+from dgmr.params import Features, Prune, Running, Stage
 from dgmr.shards import MANIFEST, Sample, write_manifest, write_shard
 from dgmr.targets import Manifest
 from dgmr.views import ViewTransform
@@ -48,7 +48,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 RESULTS = Path("results")
-PHOTOS = Path(os.environ.get("DGMR_TEST_PHOTOS", "../shared/data/imagenet-photos"))
+PHOTOS = os.environ.get("DGMR_TEST_PHOTOS")
 WARM_STEPS = 20
 PRECISION_SAMPLES = 20_000
 # Of each width ratio: feature MSEs to reach, all below what the refit alone gives, and the learning
@@ -170,9 +170,10 @@ def loader_alone(
 
 
 def photos(folder: Path, steps: int, batch_size: int = 16) -> dict[str, float] | None:
-    """The loader and the training on real photos at 224 pixels, a ViT-Ti pruned to ratio 1."""
-    files = sorted(PHOTOS.glob("*.JPEG"))[: 8 * batch_size]
+    """The loader and the training of a ViT-Ti on real photos at 224 pixels, where there are any."""
+    files = sorted(Path(PHOTOS).glob("*.JPEG"))[: 8 * batch_size] if PHOTOS else []
     if len(files) < 2 * batch_size:
+        print("no photos: DGMR_TEST_PHOTOS names no folder of *.JPEG", flush=True)
         return None
     model = timm.create_model("vit_tiny_patch16_224").eval()
     artefact.save(folder / "teacher", model, {"stage": "teacher"})
@@ -191,7 +192,7 @@ def photos(folder: Path, steps: int, batch_size: int = 16) -> dict[str, float] |
     with Clock().watching() as clock:
         train(
             "photos", folder / "teacher", folder / "teacher", data,
-            folder / "pixels_cached/room", stage, folder / "out", Running(folder / "runs"),
+            folder / "pixels_cached/room", stage, folder / "out", folder / "runs",
         )  # fmt: skip
     seconds = (clock.ends[-1] - clock.ends[1]) / (len(clock.ends) - 2)
     return found | {"training": batch_size / seconds}
@@ -232,7 +233,7 @@ def bfloat16_accuracy(folder: Path, bench: Bench) -> dict[str, Any]:
         changes = {"precision": precision, "samples": PRECISION_SAMPLES}
         config = stage.model_copy(update=changes)
         out = _trained(folder / precision, RESULTS / "distill/mlp", RESULTS / "features", config)
-        found[precision] = _scores(out, bench)
+        found[precision] = bench.scores(out)
     return found
 
 
@@ -257,14 +258,14 @@ def samples(folder: Path, bench: Bench, widths: list[float]) -> list[dict[str, A
             chosen = Prune(method=method, ratio=ratio, compensate=compensate)
             bench.assembled(chosen, calibrated, order, start)
             about = {"recipe": recipe, "ratio": ratio}
-            rows.append(about | {"samples": counted, "lr": None} | _scores(start, bench))
+            rows.append(about | {"samples": counted, "lr": None} | bench.scores(start))
             print(rows[-1], flush=True)
             for budget, lr in itertools.product(budgets[ratio], lrs[ratio]):
                 schedule = {"samples": budget, "lr": lr, "min_lr": lr / 100, "betas": BETAS[ratio]}
                 stage = Stage(train="all", loss=loss, **schedule)
                 place = folder / f"{recipe}-{ratio}-{budget}-{lr}"
                 out = _trained(place, start, folder / "room", stage)
-                found = {"samples": budget + counted, "lr": lr} | _scores(out, bench)
+                found = {"samples": budget + counted, "lr": lr} | bench.scores(out)
                 rows.append(about | found)
                 print(rows[-1], flush=True)
     return rows
@@ -322,15 +323,11 @@ def _with(room: Path, output: Path, changes: dict[str, Any]) -> None:
 
 
 def _trained(folder: Path, parent: Path, features: Path, stage: Stage) -> Path:
-    running = Running(folder / "runs", checkpoint_every_s=3600)
-    train("bench", parent, RESULTS / "teacher", DATA, features, stage, folder / "out", running)
+    runs, running = folder / "runs", Running(checkpoint_every_s=3600)
+    train(
+        "bench", parent, RESULTS / "teacher", DATA, features, stage, folder / "out", runs, running
+    )
     return folder / "out"
-
-
-def _scores(model: Path, bench: Bench) -> dict[str, float]:
-    said, top1 = bench.said(artefact.load(model))
-    mse = sum((a - b).square().mean().item() for a, b in zip(said, bench.wanted, strict=True))
-    return {"feature_mse": mse, "top1": top1}
 
 
 def show(found: dict[str, Any]) -> None:

@@ -74,6 +74,12 @@ class Bench:
         features = [torch.cat(parts) for parts in zip(*(said for said, _ in answers), strict=True)]
         return features, 100 * (logits.argmax(1) == self.labels).double().mean().item()
 
+    def scores(self, model: Path) -> dict[str, float]:
+        """Feature MSE, the sum over pooled output and patch tokens, and top-1 of an artefact."""
+        said, top1 = self.said(artefact.load(model))
+        mse = sum((a - b).square().mean().item() for a, b in zip(said, self.wanted, strict=True))
+        return {"feature_mse": mse, "top1": top1}
+
     def order(self, method: str, features: "Calibrated", tokens: int | None = 32768) -> Path:
         """The orders of all blocks by ``method``, reaching as far as the largest ratio."""
         folder = features.folder / f"{method}-{tokens}"
@@ -98,15 +104,13 @@ class Bench:
             out = Path(name, "out")
             self.assembled(config, features, order, out)
             blocks = json.loads((out / "blocks.json").read_text())
-            said, top1 = self.said(artefact.load(out))
-        mse = sum((a - b).square().mean().item() for a, b in zip(said, self.wanted, strict=True))
+            scores = self.scores(out)
         return {
             "method": method,
             "ratio": ratio,
             "compensation": compensation,
             "images": features.config.calibration.samples,
-            "feature_mse": mse,
-            "top1": top1,
+            **scores,
             "block_errors": [block.get("error_refit") for block in blocks.values()],
         }
 

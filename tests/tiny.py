@@ -11,6 +11,7 @@ import timm
 import torch
 from dgmr import artefact
 from dgmr.features import calibration, publish, targets
+from dgmr.models import outputs
 from dgmr.params import Features
 from dgmr.shards import Sample, write_manifest, write_shard
 from PIL import Image
@@ -150,6 +151,28 @@ def _normed(norm, hidden, kept):
     hidden = hidden - hidden.mean(-1, keepdim=True)
     hidden = hidden / (hidden.square().mean(-1, keepdim=True) + norm.eps).sqrt()
     return hidden * norm.weight[kept] + norm.bias[kept]
+
+
+def put_out(module, model, images):
+    """What ``module`` of ``model`` puts out."""
+    return _seen(module.register_forward_hook, lambda _m, _i, output: output, model, images)
+
+
+def given(module, model, images):
+    """What ``module`` of ``model`` is given."""
+    return _seen(module.register_forward_pre_hook, lambda _m, inputs: inputs[0], model, images)
+
+
+def _seen(register, what, model, images):
+    found = []
+    # append returns None: a hook that returned a value would change the pass.
+    hook = register(lambda *arguments: found.append(what(*arguments)))
+    try:
+        outputs(model, images)
+    finally:
+        hook.remove()
+    (value,) = found
+    return value
 
 
 def pixels(count=2, seed=0):

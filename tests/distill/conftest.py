@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from dgmr import artefact
-from dgmr.distill.trainer import Running, train
+from dgmr.distill.trainer import train
 from dgmr.files import read_json
-from dgmr.params import Stage
+from dgmr.params import Running, Stage
 from dgmr.prune import prune_model
 from safetensors.torch import load_file
 from tiny import data, features, teacher  # noqa: F401 - fixtures
@@ -89,9 +89,10 @@ class Place:
 
     def train(self, name, config, **running):
         """In this process; gives the artefact."""
-        running = Running(**({"runs": self.runs(name), "workers": 0} | running))
         rooms = self.parent, self.teacher, self.data, self.features
-        train("stage", *rooms, config, self.folder / name, running)
+        runs = running.pop("runs", self.runs(name))
+        running = Running(**({"workers": 0} | running))
+        train("stage", *rooms, config, self.folder / name, runs, running)
         return self.folder / name
 
     def arguments(self, name, config, **options):

@@ -12,6 +12,7 @@ from dgmr.distill import checkpoints
 from dgmr.distill.learner import Learner
 from dgmr.distill.pairs import PairOrder
 from dgmr.distill.parallel import Processes
+from dgmr.files import read_json, write_json
 from dgmr.params import Stage
 from dgmr.prune import prune_model
 from safetensors.torch import load_file
@@ -241,8 +242,17 @@ def other_data(place):
     other_asked(place)
 
 
+def same_weights_with_dropout(place):
+    shutil.copytree(place.parent, place.folder / "dropping")
+    place.parent = place.folder / "dropping"
+    about = read_json(place.parent / "config.json")
+    about["model_args"]["proj_drop_rate"] = 0.1
+    write_json(place.parent / "config.json", about)
+
+
 OTHERS = {
     "parent": other_parent,
+    "the parent's arguments": same_weights_with_dropout,
     "teacher": other_teacher,
     "data": other_data,
     "half precision": lambda place: other_asked(place, dtype="bfloat16"),

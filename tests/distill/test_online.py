@@ -6,10 +6,10 @@ import shutil
 import pytest
 import tiny
 from dgmr import artefact
-from dgmr.distill.trainer import Running, train
+from dgmr.distill.trainer import train
 from dgmr.errors import DgmrError
 from dgmr.files import read_json, write_json
-from dgmr.params import Stage
+from dgmr.params import Running, Stage
 
 STEPS = 100
 EXACT = {"blocks": [0, 1], "patch_tokens": 2}
@@ -47,8 +47,8 @@ def losses(tmp_path_factory, parent, teacher, data, rooms):
 
     @functools.cache
     def losses(way):
-        running = Running(folder / "runs", workers=0)
-        train("stage", parent, teacher, data, rooms[way], config(), folder / way, running)
+        made = parent, teacher, data, rooms[way]
+        train("stage", *made, config(), folder / way, folder / "runs", Running(workers=0))
         return [row["loss"] for row in read_json(folder / way / "history.json")]
 
     return losses

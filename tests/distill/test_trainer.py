@@ -10,12 +10,12 @@ from dgmr.answers import Answers
 from dgmr.distill import history as histories
 from dgmr.distill.learner import Learner
 from dgmr.distill.pairs import PairOrder, Pairs
-from dgmr.distill.trainer import Running, train
+from dgmr.distill.trainer import train
 from dgmr.errors import DgmrError
 from dgmr.files import read_json, write_json
 from dgmr.mlps import mlps
 from dgmr.models import outputs
-from dgmr.params import Stage
+from dgmr.params import Running, Stage
 from dgmr.prune import prune_model
 from timm.models.vision_transformer import Block
 
@@ -396,7 +396,7 @@ def test_damaged_parents_are_refused(place):
 def test_runs_go_to_their_default_where_nothing_is_said(place, monkeypatch):
     monkeypatch.chdir(place.folder)
     rooms = place.parent, place.teacher, place.data, place.features
-    train("stage", *rooms, short(samples=8), place.folder / "out", Running(workers=0))
+    train("stage", *rooms, short(samples=8), place.folder / "out", running=Running(workers=0))
     (run,) = (place.folder / "work" / "distill").iterdir()
     assert [path.name for path in run.iterdir()] == ["step-00000002"]
     assert read_json(run / "step-00000002" / "state.json")["bad_steps"] == []

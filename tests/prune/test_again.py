@@ -192,17 +192,9 @@ def by_hand(case, wanted):
     for name, mlp in mlps(parent).items():
         if wanted[name] == mlp.hidden_features:
             continue
-        seen = {}
-        hooks = [
-            mlp.module.register_forward_hook(lambda _m, _i, o, s=seen: s.update(wanted=o)),
-            student.get_submodule(name).register_forward_pre_hook(
-                lambda _m, i, s=seen: s.update(inputs=i[0])
-            ),
-        ]
-        outputs(parent, images), outputs(student, images)
-        for hook in hooks:
-            hook.remove()
-        refits[name] = ridge_refit(mlp, kept[name], seen["wanted"], seen["inputs"])
+        said = tiny.put_out(mlp.module, parent, images)
+        given = tiny.given(student.get_submodule(name), student, images)
+        refits[name] = ridge_refit(mlp, kept[name], said, given)
         pruned = mlp.pruned(kept[name]).module
         pruned.fc2.load_state_dict(refits[name]._asdict())
         above, _, last = name.rpartition(".")

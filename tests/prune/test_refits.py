@@ -209,18 +209,10 @@ def test_sequential_is_the_student_run_block_by_block(tmp_path, case):
     dense = mlps(teacher)
     assert list(about) == list(dense)
     for name, mlp in dense.items():
-        seen = {}
-        hooks = [
-            mlp.module.register_forward_hook(lambda _m, i, o, s=seen: s.update(wanted=o)),
-            student.get_submodule(name).register_forward_pre_hook(
-                lambda _m, i, s=seen: s.update(inputs=i[0])
-            ),
-        ]
-        outputs(teacher, images), outputs(student, images)
-        for hook in hooks:
-            hook.remove()
+        said = tiny.put_out(mlp.module, teacher, images)
+        given = tiny.given(student.get_submodule(name), student, images)
         kept = case.kept(name, int(1.5 * mlp.in_features))
-        found, refit = by_hand(mlp, kept, seen["wanted"], seen["inputs"])
+        found, refit = by_hand(mlp, kept, said, given)
         assert_refit(tmp_path, about, name, found, refit, loosely=True)
         # From here on the student has this block's refit.
         pruned = mlp.pruned(kept).module

@@ -221,6 +221,10 @@ def test_stage_that_pruned_first_is_followed_to_the_stage_before(results: Path) 
 
     change(results / "distill/full/provenance.json", parent_sha256=sha256)
     made(results)
+    change(results / "distill/full/provenance.json", parent_sha256="0" * 64)
+    with pytest.raises(DgmrError, match=r"distill/full was not made from .*distill/mlp"):
+        made(results)
+    change(results / "distill/full/provenance.json", parent_sha256=sha256)
     change(between / "provenance.json", parent_sha256="0" * 64)
     with pytest.raises(DgmrError, match=r"distill/full was not made from .*distill/mlp"):
         made(results)

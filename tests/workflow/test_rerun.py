@@ -210,6 +210,10 @@ def test_other_ways_to_distill_run_through_the_rules(finished_copy):
         features__blocks=[0],
         features__patch_tokens=2,
         distill__processes=2,
+        distill__workers=1,
+        distill__shard_above=0,
+        distill__checkpoint_every_s=1,
+        distill__max_bad_steps=2,
         distill__stages__all={
             "train": {"blocks": [0, 1]},
             "prune": {"ratio": 0.5, "blocks": [1, 1]},
@@ -220,6 +224,11 @@ def test_other_ways_to_distill_run_through_the_rules(finished_copy):
             "accumulate": 2,
             "ema": 0.9,
         },
+    )
+    shown = place.run("--dry-run", "--printshellcmds", "distill").output
+    assert (
+        "--gpus 0 --processes 2 --workers 1 --shard-above 0 --checkpoint-every-s 1"
+        " --max-bad-steps 2" in shown
     )
     place.finish("check", "distill")
     about = json.loads((place / "results/distill/pruned/all/provenance.json").read_text())

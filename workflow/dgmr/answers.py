@@ -9,7 +9,6 @@
 B: batch, D: embed dim, T: tokens.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -20,6 +19,7 @@ from dgmr.errors import DgmrError
 from dgmr.mlps import blocks
 from dgmr.models import TimmModel, input_size, outputs
 from dgmr.params import Features
+from dgmr.targets import PIXELS
 
 POOLED, PATCH_TOKENS, BLOCK = "pooled", "patch_tokens", "blocks."
 
@@ -42,14 +42,14 @@ class Answers(nn.Module):
                 raise DgmrError(
                     f"features.blocks: there is no block {index}; the model's are 0 to {len(found) - 1}."
                 )
-        self._asked = {f"{BLOCK}{index}": (found[index],) for index in config.blocks}
+        self._asked = {f"{BLOCK}{index}": found[index] for index in config.blocks}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """The answers to normalised ``images`` ``[B, C, H, W]``."""
         of_blocks: dict[str, Tensor] = {}
         # Only now: activation checkpointing runs the blocks again in the backward pass.
         with ExitStack() as hooks:
-            for name, (block,) in self._asked.items():
+            for name, block in self._asked.items():
                 hooks.enter_context(block.register_forward_hook(_recorder(name, of_blocks)))
             said = outputs(self.model, images)
         answers = {POOLED: said.pooled}
@@ -78,8 +78,16 @@ def layout(model: TimmModel, config: Features) -> dict[str, Tensor]:
     return answers
 
 
+def row_layout(model: TimmModel, config: Features) -> dict[str, Tensor]:
+    """What a targets file holds of one (sample, view), on the meta device as ``model`` is: the answers
+    in their dtype on disk, and the pixels where they are wanted."""
+    stored = getattr(torch, config.dtype)
+    row = {name: tensor.to(stored) for name, tensor in layout(model, config).items()}
+    if config.pixels:
+        row[PIXELS] = torch.empty(1, *input_size(model), dtype=torch.uint8, device="meta")
+    return row
+
+
 def bytes_per_view(model: TimmModel, config: Features) -> int:
     """What the targets of one (sample, view) take on disk; ``model`` is on the meta device."""
-    numbers = sum(tensor.numel() for tensor in layout(model, config).values())
-    itemsize: int = getattr(torch, config.dtype).itemsize
-    return numbers * itemsize + (math.prod(input_size(model)) if config.pixels else 0)
+    return sum(tensor.nbytes for tensor in row_layout(model, config).values())

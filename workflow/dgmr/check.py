@@ -13,12 +13,12 @@ from dgmr.data import tables
 from dgmr.data.evaluation import count_classes
 from dgmr.distill.learning import learned
 from dgmr.errors import DgmrError, told_of
-from dgmr.features.targets import check_space
 from dgmr.files import write_json
 from dgmr.mlps import mlps, widths
 from dgmr.models import TimmModel, input_size
 from dgmr.params import Params, Teacher
 from dgmr.prune.widths import students
+from dgmr.targets import check_space
 
 
 def check(config: Params, targets: Path, output: Path) -> None:

@@ -39,7 +39,7 @@ Features = Annotated[Path, typer.Option(help="The features room, results/feature
 Downloads = Annotated[Path, typer.Option(help="Where Fashion-MNIST is kept if it is fetched.")]
 Orders = Annotated[Path, typer.Option(help="Folder of orders.")]
 Part = Annotated[int, typer.Option(help="Which share of the blocks, from 0.")]
-_DISTILL = params.Distill.model_fields
+_RUNNING = params.Running.model_fields
 
 
 def main() -> None:
@@ -347,29 +347,30 @@ def distill_train(
     ] = "auto",
     shard_above: Annotated[
         int, typer.Option(help="Parameters above which processes share the weights.")
-    ] = _DISTILL["shard_above"].default,
+    ] = _RUNNING["shard_above"].default,
     checkpoint_every_s: Annotated[
         int, typer.Option(help="Seconds between training checkpoints.")
-    ] = _DISTILL["checkpoint_every_s"].default,
+    ] = _RUNNING["checkpoint_every_s"].default,
     max_bad_steps: Annotated[
         int, typer.Option(help="Steps that may be skipped for a loss that is no finite number.")
-    ] = _DISTILL["max_bad_steps"].default,
+    ] = _RUNNING["max_bad_steps"].default,
 ) -> None:
     """Train one stage; a run that was killed goes on where it was."""
     section = params.section(params.Stage, config)
+    given = {
+        "max_bad_steps": max_bad_steps,
+        "checkpoint_every_s": checkpoint_every_s,
+        "processes": processes,
+        "workers": None if workers == "auto" else workers,
+        "shard_above": shard_above,
+    }
+    running = params.section(params.Running, json.dumps(given))
     from dgmr.distill.parallel import launch
 
     launch(gpus or processes)
-    from dgmr.distill.trainer import Running, train
+    from dgmr.distill.trainer import train
 
-    running = Running(
-        runs,
-        checkpoint_every_s,
-        max_bad_steps,
-        None if workers == "auto" else int(workers),
-        shard_above,
-    )
-    train(stage, parent, teacher, data, features, section, output, running)
+    train(stage, parent, teacher, data, features, section, output, runs, running)
 
 
 @evaluate_app.command("model")

@@ -6,11 +6,11 @@ there is one, and a column of fc2.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import AttentionPoolLatent, GluMlp, Mlp, SwiGLU
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dgmr.errors import DgmrError
 from dgmr.loader import fit
 
+T = TypeVar("T")
 # By kind of MLP, the layers that read its input. GluMlp (SwiGLUPacked) has gate and value in one:
 # unit j owns the rows j and M + j.
 _FIRST_LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
@@ -163,6 +164,20 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that have an MLP, by name, in the order of the network; no pool head among them."""
     found = (name for name, mlp in mlps(model).items() if not mlp.in_pool_head)
     return {name: model.get_submodule(name) for name in (n.rpartition(".")[0] for n in found)}
+
+
+def in_range(found: Sequence[T], first_and_last: tuple[int, int]) -> Sequence[T]:
+    """Those of ``found``, one for each block of the student, that belong to a range of blocks.
+
+    Raises:
+        DgmrError: there are not so many.
+    """
+    first, last = first_and_last
+    if last >= len(found):
+        raise DgmrError(
+            f"there are no blocks {first} to {last}; the student's are 0 to {len(found) - 1}."
+        )
+    return found[first : last + 1]
 
 
 def widths(model: nn.Module) -> dict[str, int]:

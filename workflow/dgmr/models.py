@@ -42,6 +42,11 @@ def loader_workers() -> int:
     return torch.get_num_threads() // 4
 
 
+def autocast(where: torch.device, precision: str) -> torch.autocast:
+    """Within it matrix products are computed in ``precision``, ``float32`` or ``bfloat16``."""
+    return torch.autocast(where.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
 def outputs(model: TimmModel, images: Tensor) -> Outputs:
     """Pooled output and patch tokens of normalised ``images`` ``[B, C, H, W]``."""
     return _outputs(model, model.forward_features(images))

@@ -423,15 +423,9 @@ class Stage(Section):
         return self
 
 
-# Keys of the section distill that say how stages are run, not what comes out.
-RUNNING = {"max_bad_steps", "checkpoint_every_s", "processes", "workers", "shard_above"}
+class Running(Section):
+    """How stages are run; none of it changes what comes out."""
 
-
-class Distill(Section):
-    """Stages of distillation, in this order, and how they are run."""
-
-    stages: Annotated[dict[StageName, Stage], Field(min_length=1)]
-    """By name, which is also that of the stage's results."""
     max_bad_steps: Annotated[int, Field(ge=0)] = 10
     """Steps of a stage that may be skipped for a loss or gradient that is no finite number."""
     checkpoint_every_s: Annotated[int, Field(ge=0)] = 300
@@ -443,6 +437,13 @@ class Distill(Section):
     shard_above: Annotated[int, Field(ge=0)] = 1_000_000_000
     """Parameters above which several processes share a model's weights (FSDP) instead of each
     holding them all (DDP)."""
+
+
+class Distill(Running):
+    """Stages of distillation, in this order, and how they are run."""
+
+    stages: Annotated[dict[StageName, Stage], Field(min_length=1)]
+    """By name, which is also that of the stage's results."""
 
     @model_validator(mode="after")
     def _names(self) -> Self:
@@ -487,7 +488,9 @@ class Params(Section):
 
     def shaping(self) -> dict[str, Any]:
         """All that shapes what comes out, as JSON: neither how stages are run nor where is logged."""
-        return self.model_dump(mode="json", exclude={"mlflow": True, "distill": RUNNING})
+        return self.model_dump(
+            mode="json", exclude={"mlflow": True, "distill": set(Running.model_fields)}
+        )
 
     @model_validator(mode="after")
     def _enough_to_hold_out(self) -> Self:

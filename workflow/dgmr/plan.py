@@ -337,16 +337,15 @@ def _prune_memory(
 ) -> dict[str, Size]:
     """Of the jobs that work on one block at a time: of its largest block, M x N."""
 
-    def block(mlp: PrunableMlp) -> int:
-        return mlp.hidden_features * mlp.unit_parameters * _FLOAT32
-
     def order(mlp: PrunableMlp) -> int:
         units, width = mlp.hidden_features, reach(mlp, config.prune.max_ratio)
         if config.prune.needs_calibration:
             hidden = 2 * TOKENS_AT_ONCE * units * _FLOAT32
             if config.prune.method == "active_energy":
-                return block(mlp) + hidden
-            return block(mlp) + hidden + _FLOAT64 * units * (units + 3 * mlp.out_features + width)
+                return _mlp_bytes(mlp) + hidden
+            return (
+                _mlp_bytes(mlp) + hidden + _FLOAT64 * units * (units + 3 * mlp.out_features + width)
+            )
         # Rows in float64, and their products with as many directions.
         return 2 * _FLOAT64 * mlp.hidden_features * (1 + _is_gated(mlp)) * mlp.in_features
 
@@ -390,16 +389,17 @@ def _sequential(
 def _refit_bytes(dense: Mapping[str, PrunableMlp], kept: Mapping[str, PrunableMlp]) -> int:
     """Of the largest block: dense and pruned, the regression's moments, tokens on their way."""
 
-    def block(mlp: PrunableMlp) -> int:
-        return mlp.hidden_features * mlp.unit_parameters * _FLOAT32
-
     def refit(name: str) -> int:
         units, k = dense[name].hidden_features, kept[name].hidden_features
         moments = 5 * _FLOAT64 * k * (k + dense[name].out_features)
         hidden = 2 * TOKENS_AT_ONCE * units * _FLOAT32
-        return block(dense[name]) + block(kept[name]) + moments + hidden
+        return _mlp_bytes(dense[name]) + _mlp_bytes(kept[name]) + moments + hidden
 
     return max(map(refit, dense))
+
+
+def _mlp_bytes(mlp: PrunableMlp) -> int:
+    return mlp.hidden_features * mlp.unit_parameters * _FLOAT32
 
 
 def _inference_bytes(found: Mapping[str, PrunableMlp], tokens: Mapping[str, int]) -> int:

@@ -12,9 +12,9 @@ and shapes; ``pixels`` ``[n, C, H, W]`` uint8 are there if the section ``feature
 """
 
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dgmr.errors import DgmrError
-from dgmr.files import read_json, sha256
+from dgmr.files import read_json, readable, sha256
 from dgmr.params import Features
 from dgmr.shards import MANIFEST, Shard
 from dgmr.weights import Spans, spans
@@ -54,6 +54,22 @@ def about(teacher_sha256: str, transform: dict[str, Any], config: Features) -> d
         "transform": transform,
         "asked": config.model_dump(mode="json", include=asked),
     }
+
+
+def check_space(wanted: int, folder: Path) -> None:
+    """Refuse to begin what the disk of ``folder`` cannot hold; ``wanted`` in bytes.
+
+    Raises:
+        DgmrError: naming both sizes and what makes the targets smaller.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if wanted > free:
+        raise DgmrError(
+            f"features: the targets take {readable(wanted)}, but the disk of {folder} has"
+            f" {readable(free)} left: lower features.views.count, ask for fewer patch_tokens or"
+            " blocks, or choose features.cache: none."
+        )
 
 
 class Manifest:
@@ -174,11 +190,6 @@ class Targets:
         """``paths``: file by (shard, view)."""
         self._paths = paths
         self._spans: dict[tuple[str, int], dict[str, Spans]] = {}
-
-    @cached_property
-    def names(self) -> list[str]:
-        """What there is of every row."""
-        return list(self._found(next(iter(self._paths))))
 
     def read(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """By name, one row for each of ``rows``, as stored: ``[len(rows), ...]``.

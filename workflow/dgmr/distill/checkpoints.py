@@ -21,11 +21,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from dgmr import weights
-from dgmr.distill.parallel import Processes, wait_for_all, whole
+from dgmr.distill.parallel import Processes, each_whole, wait_for_all
 from dgmr.errors import DgmrError
 from dgmr.files import read_json, replaced_folder, sha256, write_json
 from dgmr.fingerprint import key
@@ -63,23 +62,22 @@ def save(
     Raises:
         DgmrError: what was written is not what is read back.
     """
-    named = sorted(tensors, key=itemgetter(0))
+    named = dict(sorted(tensors, key=itemgetter(0)))
+    content = each_whole(named.items())
     if group.is_first:
         for leftover in folder.glob("step-*.*"):  # of a writer that was killed
             shutil.rmtree(leftover)
-        layout = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in named}
         with replaced_folder(folder / f"step-{step:08d}") as partial:
             file = partial / _STATE
-            written = weights.write(file, layout, ((n, whole(t)) for n, t in named))
+            written = weights.write(file, named, content)
             if sha256(file) != written:
                 raise DgmrError(f"{file} does not read back as it was written: check the disk.")
-            content = about | {"sha256": written}
-            write_json(partial / _ABOUT, content | {"check": key(content)})
+            said = about | {"sha256": written}
+            write_json(partial / _ABOUT, said | {"check": key(said)})
         for old in _folders(folder)[:-_KEPT]:
             shutil.rmtree(old)
-    else:
-        for _, tensor in named:
-            whole(tensor)
+    for _ in content:  # the other processes, which give their parts
+        pass
     wait_for_all(group)
 
 

@@ -13,7 +13,7 @@ from dgmr.distill.learning import learned, optimizer, schedule
 from dgmr.distill.losses import weighted
 from dgmr.distill.pairs import Batch
 from dgmr.distill.parallel import Processes, laid_out_as, summed, synced, together, whole
-from dgmr.models import TimmModel
+from dgmr.models import TimmModel, autocast
 from dgmr.params import Features, Stage
 from dgmr.views import ViewTransform
 
@@ -48,7 +48,7 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Its answers to normalised ``images`` ``[B, C, H, W]``."""
-        with torch.autocast(images.device.type, torch.bfloat16, self.precision == "bfloat16"):
+        with autocast(images.device, self.precision):
             answers: dict[str, Tensor] = self.model(images)
         return answers
 
@@ -92,7 +92,7 @@ class Learner:
         """Forward and backward passes of this process' share of a step; gradients are there after it."""
         self.optimizer.zero_grad(set_to_none=True)
         device, passes = self.group.device, self.config.accumulate
-        sums: dict[str, float] = {"loss": 0.0, **dict.fromkeys(self._term_names, 0.0)}
+        sums: dict[str, float] = {}
         pixels = batch.pixels.tensor_split(passes)
         cached = {name: tensor.tensor_split(passes) for name, tensor in batch.answers.items()}
         for index, part in enumerate(pixels):
@@ -101,16 +101,15 @@ class Learner:
                 said = {name: parts[index].to(device) for name, parts in cached.items()}
             else:
                 said = teacher(images)
-            half = self.config.precision == "bfloat16"
             with synced(self._run, is_last_pass=index == passes - 1):
-                with torch.autocast(device.type, torch.bfloat16, half):
+                with autocast(device, self.config.precision):
                     answers = self._run(images)
                 loss, terms = weighted(self.config.loss, answers, said)
                 # The mean over the step's images; gradients are averaged over processes.
                 share = len(part) / self.config.batch_size
                 (loss * share * self.group.size).backward()
             for name, value in {"loss": loss, **terms}.items():
-                sums[name] += value.item() * share
+                sums[name] = sums.get(name, 0.0) + value.item() * share
         largest = self.config.clip_grad or math.inf
         norm = nn.utils.clip_grad_norm_(self._trained.values(), largest)
         totals = summed([*sums.values(), *map(float, asks.values())], self.group)
@@ -156,7 +155,3 @@ class Learner:
         """The weights that the stage leaves, by name: where there is an average, that."""
         for name, tensor in self.student.state_dict().items():
             yield name, self._ema.get(name, tensor)
-
-    @property
-    def _term_names(self) -> list[str]:
-        return [n for n in type(self.config.loss).model_fields if getattr(self.config.loss, n)]

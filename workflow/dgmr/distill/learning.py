@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from dgmr.answers import Answers
 from dgmr.distill.losses import weighted
 from dgmr.errors import DgmrError
-from dgmr.mlps import blocks, mlps
+from dgmr.mlps import blocks, in_range, mlps
 from dgmr.models import TimmModel, input_size
 from dgmr.params import Features, OnlyBlocks, Stage
 
@@ -42,13 +42,7 @@ def named(model: nn.Module, config: Stage) -> set[str]:
     """
     modules: list[nn.Module]
     if isinstance(config.train, OnlyBlocks):
-        first, last = config.train.blocks
-        found = list(blocks(model).values())
-        if last >= len(found):
-            raise DgmrError(
-                f"there are no blocks {first} to {last}; the student's are 0 to {len(found) - 1}."
-            )
-        modules = found[first : last + 1]
+        modules = list(in_range(list(blocks(model).values()), config.train.blocks))
     elif config.train == "all":
         modules = [model]
     else:
@@ -64,13 +58,12 @@ def named(model: nn.Module, config: Stage) -> set[str]:
 def optimizer(student: nn.Module, config: Stage) -> Optimizer:
     """AdamW over the parameters of ``student`` that require gradients."""
     found: Optimizer = create_optimizer_v2(
-        # Of a model, timm asks which parameters should not decay.
+        # Only of a model does timm leave some out of the decay.
         [p for p in student.parameters() if p.requires_grad] if config.decay_all else student,
         "adamw",
         lr=config.lr,
         weight_decay=config.weight_decay,
         betas=config.betas,
-        filter_bias_and_bn=not config.decay_all,
         fused=True,
     )
     return found

@@ -6,7 +6,7 @@ With one process all of this comes to nothing.
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -140,6 +140,11 @@ def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor of which each process may hold a part, on the CPU, in all processes."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+def each_whole(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """As :func:`whole`, one named tensor after the other; all processes have to go through all."""
+    return ((name, whole(tensor)) for name, tensor in tensors)
 
 
 def laid_out_as(value: Tensor, like: Tensor) -> Tensor:

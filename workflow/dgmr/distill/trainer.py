@@ -5,7 +5,6 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from dgmr.distill import checkpoints
 from dgmr.distill.history import History
 from dgmr.distill.learner import Learner, Measured, Teacher
 from dgmr.distill.pairs import Batch, Batches, PairOrder, Pairs
-from dgmr.distill.parallel import Processes, gathered, processes, wait_for_all, whole
+from dgmr.distill.parallel import Processes, each_whole, gathered, processes, wait_for_all
 from dgmr.errors import DgmrError, Stopped, told_of
 from dgmr.files import sha256, write_json
 from dgmr.fingerprint import code, key
 from dgmr.models import TimmModel, loader_workers
-from dgmr.params import Stage
+from dgmr.params import Running, Stage
 from dgmr.progress import progress
 from dgmr.targets import Manifest
 
@@ -30,18 +29,6 @@ log = logging.getLogger(__name__)
 HISTORY = "history.json"
 BAD_STEPS = "bad_steps.json"
 _ASKING = (signal.SIGTERM, signal.SIGINT)
-
-
-@dataclass(frozen=True)
-class Running:
-    """How a stage is run; none of it changes what comes out. As the section ``distill`` has it."""
-
-    runs: Path = Path("work/distill")
-    """Where training checkpoints go, in a folder of the run's own."""
-    checkpoint_every_s: int = 300
-    max_bad_steps: int = 10
-    workers: int | None = None
-    shard_above: int = 1_000_000_000
 
 
 def train(
@@ -52,13 +39,14 @@ def train(
     features: Path,
     config: Stage,
     output: Path,
+    runs: Path = Path("work/distill"),
     running: Running = Running(),
 ) -> None:
     """Train the model artefact ``parent`` as ``config`` says; write the artefact ``output``.
 
     With it goes ``history.json``: about a hundred rows of step, samples, lr, loss and its terms (means
     since the row before) and images_per_s. A run that was stopped or killed goes on from its newest
-    checkpoint, bit by bit as if it had not been.
+    checkpoint in ``runs``, where it has a folder of its own, bit by bit as if it had not been.
 
     Raises:
         DgmrError: the features are another teacher's or about other views, or too many steps had a
@@ -80,7 +68,7 @@ def train(
         if pairs.targets is None:
             online = Teacher(artefact.load(teacher), asked, group, shard_above)
 
-        run = running.runs / _run_key(parent, manifest, pairs, config)
+        run = runs / _run_key(parent, manifest, pairs, config)
         steps = config.samples // config.batch_size
         first, history, bad_steps = 0, History(steps), []
         if found := checkpoints.newest(run):
@@ -231,10 +219,8 @@ def _save(
 ) -> None:
     """The first process writes, and all give their parts of what is sharded."""
     named = dict(learner.result())
-    if not group.is_first:
-        for tensor in named.values():
-            whole(tensor)
-        return
-    layout = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in named.items()}
-    tensors = ((name, whole(tensor)) for name, tensor in named.items())
-    artefact.save(output, skeleton, provenance, {HISTORY: rows}, (layout, tensors))
+    content = each_whole(named.items())
+    if group.is_first:
+        artefact.save(output, skeleton, provenance, {HISTORY: rows}, (named, content))
+    for _ in content:  # the other processes
+        pass

@@ -1,7 +1,6 @@
 """The teacher's answers about every (sample, view) of some shards."""
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -9,10 +8,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dgmr import artefact, targets
-from dgmr.answers import Answers, bytes_per_view, layout
-from dgmr.errors import DgmrError
-from dgmr.files import ORIGIN, readable, replaced_folder
-from dgmr.models import device, loader_workers
+from dgmr.answers import Answers, row_layout
+from dgmr.files import ORIGIN, replaced_folder
+from dgmr.models import autocast, device, loader_workers
 from dgmr.params import Features
 from dgmr.progress import progress
 from dgmr.shards import ShardedImages
@@ -46,9 +44,8 @@ def compute(teacher: Path, data: Path, shards: list[str], config: Features, outp
     about = targets.about(artefact.provenance(teacher)["sha256"], transform.about(), config)
     opened = [ShardedImages(data, [shard], verify=True) for shard in shards]
     total = config.views.count * sum(map(len, opened))
-    skeleton = artefact.skeleton(teacher)
-    check_space(total * bytes_per_view(skeleton, config), output)
-    said = layout(skeleton, config)
+    row = row_layout(artefact.skeleton(teacher), config)
+    targets.check_space(total * sum(tensor.nbytes for tensor in row.values()), output)
     answers = Answers(model.to(where), config)
     with replaced_folder(output) as folder, progress("targets", total) as advance:
         for shard, images in zip(shards, opened, strict=True):
@@ -59,47 +56,14 @@ def compute(teacher: Path, data: Path, shards: list[str], config: Features, outp
                 loader = DataLoader(
                     _Views(images, transform, view), config.batch_size, num_workers=loader_workers()
                 )
-                file: Rows | None = None
+                file = Rows(
+                    folder / targets.file_name(shard, view),
+                    {name: t.expand(len(images), *t.shape[1:]) for name, t in row.items()},
+                    {ORIGIN: json.dumps(origin)},
+                )
                 for pixels in loader:
-                    with torch.autocast(where.type, torch.bfloat16, config.precision == "bfloat16"):
+                    with autocast(where, config.precision):
                         rows = answers(transform.normalised(pixels.to(where)))
-                    rows |= {targets.PIXELS: pixels} if config.pixels else {}
-                    if file is None:
-                        file = Rows(
-                            folder / targets.file_name(shard, view),
-                            _file_layout(said, pixels, len(images), config),
-                            {ORIGIN: json.dumps(origin)},
-                        )
-                    file.add(rows)
+                    file.add(rows | {targets.PIXELS: pixels})
                     advance(len(pixels))
-                assert file is not None
                 file.close()
-
-
-def check_space(wanted: int, folder: Path) -> None:
-    """Refuse to begin what the disk of ``folder`` cannot hold; ``wanted`` in bytes.
-
-    Raises:
-        DgmrError: naming both sizes and what makes the targets smaller.
-    """
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if wanted > free:
-        raise DgmrError(
-            f"features: the targets take {readable(wanted)}, but the disk of {folder} has"
-            f" {readable(free)} left: lower features.views.count, ask for fewer patch_tokens or"
-            " blocks, or choose features.cache: none."
-        )
-
-
-def _file_layout(
-    said: dict[str, Tensor], pixels: Tensor, count: int, config: Features
-) -> dict[str, Tensor]:
-    """Of the file of a shard of ``count`` samples, on the meta device."""
-    stored = getattr(torch, config.dtype)
-    shapes = {name: (tensor.shape[1:], stored) for name, tensor in said.items()}
-    shapes |= {targets.PIXELS: (pixels.shape[1:], torch.uint8)} if config.pixels else {}
-    return {
-        name: torch.empty([count, *shape], dtype=dtype, device="meta")
-        for name, (shape, dtype) in shapes.items()
-    }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dgmr.errors import DgmrError, told_of
-from dgmr.mlps import PrunableMlp, mlps
+from dgmr.mlps import PrunableMlp, in_range, mlps
 from dgmr.models import TimmModel, count_parameters
 from dgmr.params import Prune, Stage, StagePrune
 from dgmr.prune.methods import Order
@@ -67,12 +67,7 @@ def shrunk(model: TimmModel, stage: StagePrune, config: Prune) -> dict[str, int]
     found = mlps(model)
     names = [n for n, mlp in found.items() if not mlp.in_pool_head]
     if stage.blocks is not None:
-        first, last = stage.blocks
-        if last >= len(names):
-            raise DgmrError(
-                f"there are no blocks {first} to {last}; the student's are 0 to {len(names) - 1}."
-            )
-        names = names[first : last + 1]
+        names = list(in_range(names, stage.blocks))
     elif config.include_pool_head:
         names = list(found)
     widths = {name: mlp.hidden_features for name, mlp in found.items()}
