@@ -176,7 +176,7 @@ def test_targets_depend_on_views_and_answers_not_on_the_training():
 @pytest.mark.parametrize("file", ["views.py", "answers.py", "weights.py", "features/targets.py"])
 def test_code_of_the_targets_changes_with(package, file):
     before = fingerprint.code("dgmr.features.targets")
-    package(file, "import ", "EXTRA = 1\nimport ")
+    package(file, "\nimport ", "\nEXTRA = 1\nimport ")
     assert fingerprint.code("dgmr.features.targets") != before
 
 
