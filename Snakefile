@@ -27,6 +27,6 @@ include: "workflow/rules/track.smk"
 rule all:
     default_target: True
     input:
-        CHECKED,
+        CHECKED_FIRST,
         rules.report.output,
         TRACKED,

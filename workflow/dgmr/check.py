@@ -32,12 +32,11 @@ def check(config: Params, targets: Path, output: Path) -> None:
     teacher, data = config.teacher, config.data
     model = teacher_skeleton(teacher)
     found_mlps = mlps(model)
-    # Whichever hidden units will be kept, the students can be built, and learn.
-    built = students(model, config.prune, config.distill.stages)
     per_view = bytes_per_view(model, config.features)
-    for name, stage in config.distill.stages.items():
-        with told_of(f"distill.stages.{name}.train"):
-            learned(built[name], stage, config.features)
+    _check_students(model, config)
+    for name, point in config.points().items():
+        with told_of(f"sweep, point {name}"):
+            _check_students(model, point)
     if config.features.cache == "disk":
         wanted = data.n_samples * config.features.views.count * per_view
         there = sum(path.stat().st_size for path in targets.rglob("*.safetensors"))
@@ -64,6 +63,14 @@ def check(config: Params, targets: Path, output: Path) -> None:
         },
     }
     write_json(output, found)
+
+
+def _check_students(model: TimmModel, config: Params) -> None:
+    """Whichever hidden units will be kept, the students can be built, and learn."""
+    built = students(model, config.prune, config.distill.stages)
+    for name, stage in config.distill.stages.items():
+        with told_of(f"distill.stages.{name}.train"):
+            learned(built[name], stage, config.features)
 
 
 def teacher_skeleton(teacher: Teacher) -> TimmModel:

@@ -187,7 +187,7 @@ def data_publish_evaluation(
     evaluation: Annotated[Path, typer.Argument(help="Folder of evaluation shards.")],
     output: Output,
 ) -> None:
-    """Gather the evaluation shards into results/data/eval."""
+    """Gather the evaluation shards into results/evaluation_data."""
     from dgmr.data.publish import publish_evaluation
 
     publish_evaluation(evaluation, output)
@@ -398,9 +398,19 @@ def evaluate_speed(
     """Measure images a second of all models, side by side."""
     from dgmr.evaluate.speed import measure
 
-    named = dict(model.split("=", 1) for model in models)
-    folders = {name: Path(folder) for name, folder in named.items()}
-    measure(folders, params.section(params.Evaluate, config), output)
+    measure(_named(models), params.section(params.Evaluate, config), output)
+
+
+@evaluate_app.command("gather")
+def evaluate_gather(
+    scores: Annotated[list[str], typer.Argument(help="name=file of every model.")],
+    speed: Annotated[Path, typer.Option(help="What was measured of their speed.")],
+    output: Output,
+) -> None:
+    """Gather what the models scored into results/evaluate."""
+    from dgmr.evaluate.gather import gather
+
+    gather(_named(scores), speed, output)
 
 
 @app.command()
@@ -417,14 +427,21 @@ def export(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Option(help="results/")],
+    results: Annotated[Path, typer.Option(help="The run's results.")],
     config: Annotated[str, typer.Option(help="All params as JSON, or a params file.")],
+    points: Annotated[
+        list[Path] | None, typer.Argument(help="Results of a sweep's points, each with its report.")
+    ] = None,
+    shared: Annotated[
+        Path | None, typer.Option(help="Where teacher and data are, if not in the run's results.")
+    ] = None,
 ) -> None:
     """Write the page, the flat metrics and the exported student."""
     from dgmr.report.page import report
 
     resolved = params.section(params.Params, config)
-    report(results, list(resolved.distill.stages), resolved.shaping(), results)
+    stages = list(resolved.distill.stages)
+    report(results, stages, resolved.shaping(), results, shared or results, points or [])
 
 
 @app.command()
@@ -449,6 +466,11 @@ def track(
         print(f"{name}: {'told' if is_told else 'not told'}")
     if output is not None:
         write_json(output, told)
+
+
+def _named(pairs: list[str]) -> dict[str, Path]:
+    """Paths by name, from ``name=path``."""
+    return {name: Path(path) for name, path in (pair.split("=", 1) for pair in pairs)}
 
 
 for name, group in {

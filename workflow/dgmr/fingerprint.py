@@ -1,21 +1,24 @@
-"""Keys of ``work/`` folders and hashes of code: what a result depends on, as a short name.
-
-Snakemake does not see Python imports, so a rule carries :func:`code` of its step among its params,
-and a ``work/<room>/<key>`` folder has it in its :func:`key`.
-"""
+"""Hashes of what a result depends on: values, code, commands, files. :mod:`dgmr.keys` puts them together."""
 
 import ast
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
+import tokenize
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dgmr.files import read_json, sha256, write_json
+
 PACKAGE = Path(__file__).parent
+RULES = PACKAGE.parent / "rules"
+HASHES = Path("work/hashes.json")
 # They say how a stage is called and checked, not what it computes: values reach it through its
 # command line, which Snakemake watches.
-_NEUTRAL = {"dgmr.params", "dgmr.errors", "dgmr.cli", "dgmr.fingerprint"}
+_NEUTRAL = {"dgmr.params", "dgmr.errors", "dgmr.cli", "dgmr.fingerprint", "dgmr.keys"}
 
 
 def key(*parts: Any) -> str:
@@ -44,6 +47,59 @@ def code(module: str) -> str:
         for path in sorted(folder.glob("*.jinja"))
     }
     return key(trees, templates)
+
+
+@functools.cache
+def command(rule: str) -> str:
+    """The shell command of a rule in ``workflow/rules``, as it is written there; empty where it has none."""
+    return _commands().get(rule, "")
+
+
+@functools.cache
+def _commands() -> dict[str, str]:
+    """By rule. A Snakefile is no Python, but its tokens are."""
+    found: dict[str, str] = {}
+    for path in sorted(RULES.glob("*.smk")):
+        before, rule, directive = "", "", ""
+        for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+            if token.type == tokenize.NAME and before == "rule":
+                rule = token.string
+            elif token.type == tokenize.OP and token.string == ":":
+                directive = before
+            elif token.type == tokenize.STRING and directive == "shell":
+                found[rule] = found.get(rule, "") + ast.literal_eval(token.string)
+            if token.type in (tokenize.NAME, tokenize.OP):
+                before = token.string
+    return found
+
+
+def content(paths: Iterable[Path]) -> list[str | None]:
+    """SHA-256 of each file, in the order of ``paths``; None for one that is not there.
+
+    A file is read once and then again only when its size or time has changed: ``work/hashes.json``
+    remembers. So touching a file, or checking out the same one again, changes nothing.
+    """
+    try:
+        known = read_json(HASHES)
+    except (OSError, ValueError):
+        known = {}
+    found: list[str | None] = []
+    new = {}
+    for path in paths:
+        try:
+            status = path.stat()
+        except OSError:
+            found.append(None)
+            continue
+        seen = [status.st_size, status.st_mtime_ns]
+        *was, digest = known.get(str(path), [None])
+        if was != seen:
+            digest = sha256(path)
+            new[str(path)] = [*seen, digest]
+        found.append(digest)
+    if new:
+        write_json(HASHES, known | new)
+    return found
 
 
 def _closure(module: str) -> set[str]:

@@ -4,7 +4,9 @@ Importing this module is cheap (no torch), so a bad file is told at parse time.
 """
 
 import difflib
+import itertools
 import json
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -484,13 +486,43 @@ class Params(Section):
     prune: Prune
     distill: Distill
     evaluate: Evaluate = Evaluate()
+    sweep: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
+    """Values to try of keys of ``prune`` and of ``distill.stages``, such as ``prune.ratio: [2, 1, 0.5]``:
+    every combination is a run of its own, under ``results/sweep``."""
     mlflow: Mlflow = Mlflow()
 
     def shaping(self) -> dict[str, Any]:
-        """All that shapes what comes out, as JSON: neither how stages are run nor where is logged."""
+        """All that shapes what the run itself gives, as JSON: not how stages are run, where is logged,
+        or what else is tried."""
         return self.model_dump(
-            mode="json", exclude={"mlflow": True, "distill": set(Running.model_fields)}
+            mode="json",
+            exclude={"mlflow": True, "sweep": True, "distill": set(Running.model_fields)},
         )
+
+    def points(self) -> dict[str, "Params"]:
+        """The params of every combination of the values in ``sweep``, by a name that tells them.
+
+        Raises:
+            ValueError: a key is not to be swept, or a combination is not allowed.
+        """
+        found: dict[str, Params] = {}
+        for values in itertools.product(*self.sweep.values()) if self.sweep else ():
+            tried = dict(zip(self.sweep, values, strict=True))
+            point = self.model_dump(mode="json", exclude={"sweep"})
+            for name, value in tried.items():
+                _set(point, name, value)
+            told = ", ".join(f"{name}: {json.dumps(value)}" for name, value in tried.items())
+            try:
+                found[_name_of_point(tried)] = Params.model_validate(point)
+            except ValidationError as error:
+                sentences = _sentences(error, Params, f"sweep ({told})")
+                raise ValueError(sentences.rstrip(".")) from None
+        return found
+
+    @model_validator(mode="after")
+    def _sweepable(self) -> Self:
+        self.points()
+        return self
 
     @model_validator(mode="after")
     def _enough_to_hold_out(self) -> Self:
@@ -520,6 +552,29 @@ class Params(Section):
                     f" prune.max_ratio {self.prune.max_ratio:g}"
                 )
         return self
+
+
+def _set(values: dict[str, Any], name: str, value: Any) -> None:
+    """Set what a dotted ``name`` of the section ``sweep`` stands for."""
+    *sections, last = name.split(".")
+    place: Any = values
+    for section in sections:
+        place = place.get(section) if isinstance(place, dict) else None
+    if not name.startswith(("prune.", "distill.stages.")) or not isinstance(place, dict):
+        raise ValueError(
+            f"sweep.{name}: what can be swept are the keys of prune and of distill.stages.<stage>"
+        )
+    place[last] = value
+
+
+def _name_of_point(tried: dict[str, Any]) -> str:
+    """As a folder's name: ``ratio-0.5_all.lr-0.001``."""
+    parts = []
+    for name, value in tried.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        short = name.removeprefix("prune.").removeprefix("distill.stages.")
+        parts.append(f"{short}-{re.sub(r'[^0-9A-Za-z.+-]+', '-', text).strip('-')}")
+    return "_".join(parts)
 
 
 def validate(values: dict[str, Any], source: str = "params.yaml") -> Params:

@@ -21,6 +21,7 @@ from dgmr.distill.learning import named
 from dgmr.files import readable
 from dgmr.mlps import PrunableMlp, mlps, recorded_mlp_inputs
 from dgmr.models import TimmModel, count_parameters, flops_by_module, input_size
+from dgmr.keys import Keys
 from dgmr.params import Data, Params, Prune, Stage, Teacher
 from dgmr.prune.block import TOKENS_AT_ONCE
 from dgmr.prune.widths import reach, students
@@ -124,9 +125,19 @@ def plan_model(name: str, prune: Prune) -> ModelPlan:
 
 def jobs(config: Params) -> dict[str, dict[str, int]]:
     """Jobs by room and rule, as ``snakemake --dry-run`` counts them where nothing is done yet."""
-    data, prune = config.data, config.prune
+    data, points = config.data, config.points()
+    runs = [config, *points.values()]
+    keys = [Keys(run) for run in runs]
     batches, stages = len(data.jobs), len(config.distill.stages)
-    refits = 1 if prune.sequential else prune.parts
+    # What runs of a sweep have in common is made once.
+    orders = {(k.orders, k.params.prune.parts) for k in keys}
+    refits = {
+        (k.refits, 1 if k.params.prune.sequential else k.params.prune.parts)
+        for k in keys
+        if k.params.prune.compensate == "least_squares"
+    }
+    # MLflow is told of a run's rooms prune, evaluate and report, and stages; once of those before them.
+    tracked = (3 + stages) * len(runs) + 3
     rooms = {
         "check": {"check": 1},
         "teacher": {"teacher": 1},
@@ -145,20 +156,24 @@ def jobs(config: Params) -> dict[str, dict[str, int]]:
             "features": 1,
         },
         "prune": {
-            "saliency": int(prune.method == "taylor"),
-            "order_blocks": prune.parts,
-            "refit_blocks": refits if prune.compensate == "least_squares" else 0,
-            "prune": 1,
+            "saliency": len({k.saliency for k in keys if k.params.prune.method == "taylor"}),
+            "order_blocks": sum(parts for _, parts in orders),
+            "refit_blocks": sum(parts for _, parts in refits),
+            "assemble": len(runs),
         },
         "distill": {
-            "prune_again": sum(s.prune is not None for s in config.distill.stages.values()),
-            "distill_stage": stages,
+            "prune_again": sum(
+                stage.prune is not None for run in runs for stage in run.distill.stages.values()
+            ),
+            "distill_stage": stages * len(runs),
         },
-        # The teacher, the pruned model, and what each stage leaves.
-        "evaluate": {"evaluate_model": 2 + stages, "measure_speed": 1},
-        "report": {"report": 1},
-        # A job for each of the rooms teacher, data, features, prune, evaluate and report, and a stage.
-        "track": {"track": 6 + stages if config.mlflow.tracking_uri else 0},
+        "evaluate": {
+            "evaluate_model": len({k.evaluation(model) for k in keys for model in k.models}),
+            "measure_speed": len({k.speed for k in keys}),
+            "gather": len(runs),
+        },
+        "report": {"report": 1, "report_point": len(points)},
+        "track": {"track": tracked if config.mlflow.tracking_uri else 0},
         "all": {"all": 1},
     }
     planned = {

@@ -1,14 +1,17 @@
 # Check: what params.yaml alone cannot tell, before any work begins.
 
+CHECKED = f"work/check/{MAIN.check}.json"
+# Where all is done, as after a `dvc pull`, there is nothing to check.
+CHECKED_FIRST = [] if os.path.exists(stamp("results/student", MAIN.report)) else CHECKED
+
 
 localrules:
     check,
 
 
 # It goes first and alone: by priority and with all threads, not as an input of the rooms' first jobs.
-# A repeated check must not repeat the work; and behind a job that is to be repeated Snakemake looks
-# at no ancient() input's readers any more, so what else had changed would wait for a second run
-# (snakemake issue 4166).
+# A repeated check must not repeat the work, and behind a job that is to be repeated Snakemake looks
+# at no reader of its ancient() outputs (snakemake issue 4166).
 rule check:
     output:
         CHECKED,
@@ -19,9 +22,8 @@ rule check:
         "../../envs/dgmr.yaml"
     threads: 64
     params:
-        config=json.dumps(SHAPING | {"evaluate": {}}),
+        config=json.dumps(PARAMS.shaping() | {"sweep": PARAMS.model_dump(mode="json")["sweep"]}),
         targets=lambda wildcards: TARGETS,
-        code=code("dgmr.check"),
     message:
         "Checking the models, the tables and the disk"
     shell:

@@ -1,7 +1,10 @@
-# Validated params, and what every rule needs to call its stage.
+# Validated params, the keys of every run, and what every rule needs to call its stage.
 #
-# A rule hands its stage just the section it reads, as JSON among the rule's params, so a changed knob
-# reruns its readers only; the stage's code is a hash among them, for Snakemake does not see imports.
+# A run is the chain with one set of params: that of params.yaml under results/, and one under
+# results/sweep/<point>/ for each point of the section sweep. All are made by the same rules.
+#
+# Whatever shapes a result is in its key (dgmr.keys), and the key in the name of the file that Snakemake
+# is asked for. So a file that is there is right, however old: all inputs are ancient().
 
 import json
 import os
@@ -12,13 +15,16 @@ from snakemake.exceptions import WorkflowError
 PACKAGES = os.path.join(workflow.basedir, "workflow")
 sys.path.insert(0, PACKAGES)
 
+from dgmr import machine
 from dgmr.checkpoint import teacher_files
 from dgmr.errors import DgmrError
-from dgmr.fingerprint import code, key, versions
+from dgmr.keys import Keys
 from dgmr.params import validate
 
 try:
     PARAMS = validate(config, ", ".join(map(str, workflow.overwrite_configfiles)) or "params.yaml")
+    if workflow.is_main_process and not workflow.dryrun:
+        machine.release_lock_of_the_dead()
 except DgmrError as error:
     raise WorkflowError(str(error)) from None
 
@@ -29,15 +35,33 @@ os.environ.update(
     PYTHONPATH=PACKAGES,
 )
 
-CHECKED = "work/check.json"
-SHAPING = PARAMS.shaping()
+# What this machine has bounds what runs on it at once; --resources says otherwise.
+if workflow.is_main_process and workflow.local_exec:
+    for name, available in machine.resources().items():
+        if name not in workflow.global_resources:
+            workflow.global_resources[name] = available
+
+POINTS = PARAMS.points()
+KEYS = {
+    results: Keys(params)
+    for results, params in {
+        "results": PARAMS,
+        **{f"results/sweep/{point}": params for point, params in POINTS.items()},
+    }.items()
+}
+MAIN = KEYS["results"]
 JOBS = PARAMS.data.jobs
 STAGES = PARAMS.distill.stages
-FOLDERS = {"teacher": "results/teacher", "pruned": "results/prune"} | {
-    stage: f"results/distill/{stage}" for stage in STAGES
-}
 
-ARTEFACT = ["model.safetensors", "config.json", "provenance.json"]
+
+def keys_by(name):
+    """Keys of the runs by one of them: those of runs that share it are as good as each other."""
+    return {getattr(keys, name): keys for keys in KEYS.values()}
+
+
+def stamp(folder, key):
+    """What a room is asked for by: the file that is written last."""
+    return f"{folder}/{key}.stamp"
 
 
 def option(name, value):
@@ -55,35 +79,20 @@ def folder_of(name):
     return folder
 
 
-def local_teacher_files():
-    """Files that a local teacher is read from; none where one is missing, for the check names it."""
-    try:
-        return [str(path) for path in teacher_files(PARAMS.teacher)]
-    except DgmrError:
-        return []
-
-
 def shards_of(wildcards):
     """Names of the shards that a job works through."""
     return JOBS[wildcards.job]
 
 
-def parent_of(wildcards):
-    """The model that a stage comes after: the stage's before it, or the pruned one."""
-    names = ["pruned", *STAGES]
-    return FOLDERS[names[names.index(wildcards.stage) - 1]]
+def folder_of_model(results, model):
+    """Where a run has a model's artefact."""
+    if model == "teacher":
+        return "results/teacher"
+    return f"{results}/prune" if model == "pruned" else f"{results}/distill/{model}"
 
 
-def start_of(wildcards):
-    """The model that a stage trains: its parent, or that after the stage's own pruning."""
-    if STAGES[wildcards.stage].prune is None:
-        return parent_of(wildcards)
-    return f"results/distill/pruned/{wildcards.stage}"
-
-
-def artefact_of(folder):
-    """A model artefact's files."""
-    return [f"{folder}/{file}" for file in ARTEFACT]
+def model_stamp(results, model):
+    return stamp(folder_of_model(results, model), KEYS[results].model(model))
 
 
 localrules:
@@ -91,7 +100,10 @@ localrules:
 
 
 wildcard_constraints:
+    key="[0-9a-f]{12}",
+    results="results(/sweep/[^/]+)?",
     job=r"\d{5}",
     part=r"\d+",
+    parts=r"\d+",
     stage="|".join(STAGES),
-    model="|".join(FOLDERS),
+    model="|".join(MAIN.models),

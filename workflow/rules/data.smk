@@ -1,30 +1,18 @@
 # Data: a table of image URLs becomes shards; labelled images become evaluation shards.
 
-from glob import glob
-
 # The one that envs/download.yaml pins; without conda, uv gives it an environment of its own.
 IMG2DATASET = "img2dataset==1.47.0"
 
 FROM_WEB = PARAMS.data.urls == "http"
 DOWNLOAD = PARAMS.data.download
 
-FASHION_TABLE = f"work/data/{key(code('dgmr.data.fashion_table'))}/table.parquet"
+FASHION_TABLE = f"work/data/{MAIN.fashion_table}/table.parquet"
 TABLE = PARAMS.data.table or FASHION_TABLE
 
-SELECT_CONFIG = PARAMS.data.model_dump_json(exclude={"eval", "download", "image_size"})
-SELECT_KEY = key(code("dgmr.data.select"), TABLE, SELECT_CONFIG)
-SELECTION = f"work/data/{SELECT_KEY}/selection"
-
-DOWNLOAD_KEY = key(SELECT_KEY, DOWNLOAD.model_dump_json())
-PACK_KEY = key(code("dgmr.data.pack"), DOWNLOAD_KEY, PARAMS.data.image_size)
-SHARDS = f"work/data/{PACK_KEY}/shards"
-
-EVAL_CONFIG = PARAMS.data.eval.model_dump_json()
-EVAL_KEY = key(code("dgmr.data.evaluation"), EVAL_CONFIG, PARAMS.data.shard_size)
-EVALUATION = f"work/data/{EVAL_KEY}/eval"
-
-# What shapes the training images: part of the keys of what is computed from them.
-DATA_KEY = PACK_KEY
+SELECTION = f"work/data/{MAIN.selection}/selection"
+DOWNLOADS = f"work/data/{MAIN.downloads}/downloads"
+SHARDS = f"work/data/{MAIN.shards}/shards"
+EVALUATION_SHARDS = f"work/data/{MAIN.evaluation_shards}/evaluation"
 
 
 localrules:
@@ -47,19 +35,19 @@ rule fashion_table:
         " 2>&1 | tee {log}"
 
 
+# Its tables, one a job, are not declared: Snakemake would look through all of them for each.
 rule select_samples:
     input:
-        sorted(glob(TABLE, recursive=True)) if PARAMS.data.table else TABLE,
+        ancient(MAIN.tables if PARAMS.data.table else TABLE),
     output:
-        jobs=expand(f"{SELECTION}/{{job}}.parquet", job=JOBS),
-        counts=f"{SELECTION}/selection.json",
+        f"{SELECTION}/selection.json",
     log:
         "logs/select_samples.log",
     conda:
         "../../envs/dgmr.yaml"
     params:
         table=lambda wildcards: TABLE,
-        config=SELECT_CONFIG,
+        config=PARAMS.data.model_dump_json(exclude={"eval", "download", "image_size"}),
         folder=folder_of("output"),
     message:
         "Drawing the samples"
@@ -70,14 +58,15 @@ rule select_samples:
 
 rule download_images:
     input:
-        f"{SELECTION}/{{job}}.parquet",
+        ancient(rules.select_samples.output),
     output:
-        directory(f"work/data/{DOWNLOAD_KEY}/downloads/{{job}}"),
+        directory(f"{DOWNLOADS}/{{job}}"),
     log:
         "logs/download_images/{job}.log",
     conda:
         "../../envs/download.yaml"
     params:
+        rows=f"{SELECTION}/{{job}}.parquet",
         img2dataset=f"uv tool run --from {IMG2DATASET} img2dataset",
         shard_size=PARAMS.data.shard_size,
         download=DOWNLOAD,
@@ -86,7 +75,7 @@ rule download_images:
     shell:
         "img2dataset=$(command -v img2dataset || echo {params.img2dataset});"
         " NO_ALBUMENTATIONS_UPDATE=1 $img2dataset"
-        " --url_list {input} --input_format parquet --url_col url --caption_col caption"
+        " --url_list {params.rows} --input_format parquet --url_col url --caption_col caption"
         " --save_additional_columns '[\"sample_key\"]'"
         " --output_folder {output} --output_format webdataset"
         " --number_sample_per_shard {params.shard_size}"
@@ -97,8 +86,8 @@ rule download_images:
 
 rule pack_shards:
     input:
-        rows=f"{SELECTION}/{{job}}.parquet",
-        downloaded=rules.download_images.output if FROM_WEB else [],
+        selection=ancient(rules.select_samples.output),
+        downloaded=ancient(rules.download_images.output if FROM_WEB else []),
     output:
         directory(f"{SHARDS}/{{job}}"),
     log:
@@ -107,26 +96,27 @@ rule pack_shards:
         "../../envs/dgmr.yaml"
     params:
         shards=shards_of,
+        rows=f"{SELECTION}/{{job}}.parquet",
         table_folder=os.path.dirname(TABLE) or ".",
         downloaded=lambda wildcards, input: option("--downloaded", input.downloaded),
         image_size=option("--image-size", PARAMS.data.image_size),
     message:
         "Packing shards {params.shards}"
     shell:
-        "python -m dgmr data pack {params.shards} --rows {input.rows} {params.downloaded}"
+        "python -m dgmr data pack {params.shards} --rows {params.rows} {params.downloaded}"
         " --table-folder {params.table_folder:q} {params.image_size} --output {output}"
         " 2>&1 | tee {log}"
 
 
 rule pack_evaluation:
     output:
-        directory(EVALUATION),
+        directory(EVALUATION_SHARDS),
     log:
         "logs/pack_evaluation.log",
     conda:
         "../../envs/dgmr.yaml"
     params:
-        config=EVAL_CONFIG,
+        config=PARAMS.data.eval.model_dump_json(),
         shard_size=PARAMS.data.shard_size,
     message:
         "Packing the evaluation images"
@@ -137,20 +127,16 @@ rule pack_evaluation:
 
 rule data:
     input:
-        jobs=expand(rules.pack_shards.output, job=JOBS),
-        selection=rules.select_samples.output.counts,
+        jobs=lambda wildcards: ancient([f"{SHARDS}/{job}" for job in JOBS]),
+        selection=ancient(rules.select_samples.output),
     output:
-        manifest="results/data/manifest.json",
-        metrics="results/data/metrics.json",
-        ledger="results/data/ledger.parquet",
-        shards=expand("results/data/{shard}.tar", shard=PARAMS.data.shards),
+        touch(stamp("results/data", MAIN.data)),
     log:
         "logs/data.log",
     conda:
         "../../envs/dgmr.yaml"
     params:
         folder=folder_of("output"),
-        code=code("dgmr.data.publish"),
     message:
         "Gathering the shards"
     shell:
@@ -160,16 +146,15 @@ rule data:
 
 rule evaluation_data:
     input:
-        rules.pack_evaluation.output,
+        ancient(rules.pack_evaluation.output),
     output:
-        "results/data/eval/manifest.json",
+        touch(stamp("results/evaluation_data", MAIN.evaluation_data)),
     log:
         "logs/evaluation_data.log",
     conda:
         "../../envs/dgmr.yaml"
     params:
         folder=folder_of("output"),
-        code=code("dgmr.data.publish"),
     message:
         "Gathering the evaluation shards"
     shell:

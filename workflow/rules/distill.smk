@@ -3,6 +3,24 @@
 DISTILL = PARAMS.distill
 
 
+def stage_of(wildcards):
+    return KEYS[wildcards.results].params.distill.stages[wildcards.stage]
+
+
+def parent_of(wildcards):
+    """The model that a stage comes after."""
+    parent = KEYS[wildcards.results].parent(wildcards.stage)
+    return ancient(model_stamp(wildcards.results, parent))
+
+
+def start_of(wildcards):
+    """The model that a stage trains: its parent, or that after the stage's own pruning."""
+    if stage_of(wildcards).prune is None:
+        return parent_of(wildcards)
+    folder = f"{wildcards.results}/distill/pruned/{wildcards.stage}"
+    return ancient(stamp(folder, KEYS[wildcards.results].prune_again(wildcards.stage)))
+
+
 localrules:
     distill,
 
@@ -10,31 +28,34 @@ localrules:
 # Only of stages that prune further before they begin.
 rule prune_again:
     input:
-        parent=lambda wildcards: artefact_of(parent_of(wildcards)),
-        teacher=rules.teacher.output,
-        orders=expand(rules.order_blocks.output, part=PARTS),
-        data=rules.data.output.manifest,
-        shards=rules.data.output.shards if COMPENSATES else [],
+        parent=parent_of,
+        teacher=ancient(rules.teacher.output),
+        data=ancient(rules.data.output),
+        orders=lambda wildcards: ancient(orders_of(KEYS[wildcards.results])),
     output:
-        expand("results/distill/pruned/{{stage}}/{file}", file=[*ARTEFACT, "blocks.json"]),
+        touch("{results}/distill/pruned/{stage}/{key}.stamp"),
     log:
-        "logs/prune_again/{stage}.log",
+        "logs/{results}/prune_again/{stage}-{key}.log",
+    benchmark:
+        "work/benchmark/prune_again/{results}/{stage}-{key}.tsv"
     conda:
         "../../envs/dgmr.yaml"
     threads: 8
     resources:
         mem_mb=32000,
         runtime=240,
+        gpu=1,
     params:
         parent=folder_of("parent"),
         teacher=folder_of("teacher"),
         orders=folder_of("orders"),
         data=folder_of("data"),
         features=CALIBRATION_CONFIG,
-        config=REFITTING,
-        stage=lambda wildcards: STAGES[wildcards.stage].prune.model_dump_json(),
+        config=lambda wildcards: (
+            refitting(KEYS[wildcards.results], KEYS[wildcards.results].params.prune.parts)
+        ),
+        stage=lambda wildcards: stage_of(wildcards).prune.model_dump_json(),
         folder=folder_of("output"),
-        code=code("dgmr.prune.again"),
     message:
         "Pruning further, for stage {wildcards.stage}"
     shell:
@@ -44,24 +65,27 @@ rule prune_again:
         " 2>&1 | tee {log}"
 
 
-# What says how a stage is run, not what comes out, is among the resources: a change reruns nothing.
+# What says how a stage is run, not what comes out, is among the resources.
 rule distill_stage:
     input:
-        parent=lambda wildcards: artefact_of(start_of(wildcards)),
-        teacher=rules.teacher.output,
-        data=rules.data.output.manifest,
-        features=rules.features.output.manifest,
+        parent=start_of,
+        teacher=ancient(rules.teacher.output),
+        data=ancient(rules.data.output),
+        features=ancient(rules.features.output),
+        targets=all_targets,
     output:
-        expand("results/distill/{{stage}}/{file}", file=[*ARTEFACT, "history.json"]),
+        touch("{results}/distill/{stage}/{key}.stamp"),
     log:
-        "logs/distill/{stage}.log",
+        "logs/{results}/distill/{stage}-{key}.log",
+    benchmark:
+        "work/benchmark/distill_stage/{results}/{stage}-{key}.tsv"
     conda:
         "../../envs/dgmr.yaml"
     threads: 8
     resources:
         mem_mb=16000,
         runtime=720,
-        gpu=0,
+        gpu=1,
         processes=DISTILL.processes,
         workers="auto" if DISTILL.workers is None else str(DISTILL.workers),
         shard_above=DISTILL.shard_above,
@@ -72,15 +96,14 @@ rule distill_stage:
         teacher=folder_of("teacher"),
         data=folder_of("data"),
         features=folder_of("features"),
-        config=lambda wildcards: STAGES[wildcards.stage].model_dump_json(exclude={"prune"}),
+        config=lambda wildcards: stage_of(wildcards).model_dump_json(exclude={"prune"}),
         folder=folder_of("output"),
-        code=code("dgmr.distill.trainer"),
     message:
         "Distilling, stage {wildcards.stage}"
     shell:
         "python -m dgmr distill train --stage {wildcards.stage} --parent {params.parent}"
         " --teacher {params.teacher} --data {params.data} --features {params.features}"
-        " --config {params.config:q} --output {params.folder} --runs work/distill"
+        " --config {params.config:q} --output {params.folder} --runs work/distill/{wildcards.key}"
         " --gpus {resources.gpu} --processes {resources.processes} --workers {resources.workers}"
         " --shard-above {resources.shard_above}"
         " --checkpoint-every-s {resources.checkpoint_every_s}"
@@ -89,4 +112,4 @@ rule distill_stage:
 
 rule distill:
     input:
-        expand(rules.distill_stage.output, stage=STAGES),
+        [model_stamp("results", stage) for stage in STAGES],

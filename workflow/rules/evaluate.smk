@@ -1,38 +1,57 @@
 # Evaluate: accuracy, agreement with the teacher, size and speed of every model in the chain.
 
-EVALUATE_CONFIG = PARAMS.evaluate.model_dump_json(include={"batch_size"})
-SPEED_CONFIG = PARAMS.evaluate.model_dump_json(exclude={"batch_size"})
+# By the key of a score: the run and the model it is of.
+SCORES = {
+    keys.evaluation(model): (results, model)
+    for results, keys in KEYS.items()
+    for model in keys.models
+}
+SPEEDS = {keys.speed: results for results, keys in KEYS.items()}
+
+
+def scores_of(results):
+    """The files of a run's scores by model."""
+    keys = KEYS[results]
+    return {model: f"work/evaluate/accuracy/{keys.evaluation(model)}.json" for model in keys.models}
+
+
+def named_models(results):
+    return [f"{name}={folder_of_model(results, name)}" for name in KEYS[results].models]
 
 
 localrules:
     evaluate,
+    gather,
 
 
 rule evaluate_model:
     input:
-        model=lambda wildcards: artefact_of(FOLDERS[wildcards.model]),
-        teacher=rules.teacher.output,
-        data=rules.evaluation_data.output,
+        lambda wildcards: ancient(model_stamp(*SCORES[wildcards.key])),
+        teacher=ancient(rules.teacher.output),
+        data=ancient(rules.evaluation_data.output),
     output:
-        "results/evaluate/{model}.json",
+        "work/evaluate/accuracy/{key}.json",
     log:
-        "logs/evaluate/{model}.log",
+        "logs/evaluate/{key}.log",
+    benchmark:
+        "work/benchmark/evaluate_model/{key}.tsv"
     conda:
         "../../envs/dgmr.yaml"
     threads: 8
     resources:
         mem_mb=16000,
         runtime=240,
+        gpu=1,
     params:
-        model=folder_of("model"),
+        name=lambda wildcards: SCORES[wildcards.key][1],
+        model=lambda wildcards: folder_of_model(*SCORES[wildcards.key]),
         teacher=folder_of("teacher"),
         data=folder_of("data"),
-        config=EVALUATE_CONFIG,
-        code=code("dgmr.evaluate.accuracy"),
+        config=PARAMS.evaluate.model_dump_json(include={"batch_size"}),
     message:
-        "Evaluating {wildcards.model}"
+        "Evaluating {params.model}"
     shell:
-        "python -m dgmr evaluate model --name {wildcards.model} --model {params.model}"
+        "python -m dgmr evaluate model --name {params.name} --model {params.model}"
         " --teacher {params.teacher} --data {params.data} --config {params.config:q}"
         " --output {output} 2>&1 | tee {log}"
 
@@ -40,21 +59,23 @@ rule evaluate_model:
 # All threads: nothing else may run while speed is measured.
 rule measure_speed:
     input:
-        [artefact_of(folder) for folder in FOLDERS.values()],
+        lambda wildcards: ancient(
+            model_stamp(SPEEDS[wildcards.key], model) for model in MAIN.models
+        ),
     output:
-        "results/evaluate/speed.json",
+        "work/evaluate/speed/{key}.json",
     log:
-        "logs/evaluate/speed.log",
+        "logs/speed/{key}.log",
     conda:
         "../../envs/dgmr.yaml"
     threads: 64
     resources:
         mem_mb=16000,
         runtime=60,
+        gpu=1,
     params:
-        models=[f"{name}={folder}" for name, folder in FOLDERS.items()],
-        config=SPEED_CONFIG,
-        code=code("dgmr.evaluate.speed"),
+        models=lambda wildcards: named_models(SPEEDS[wildcards.key]),
+        config=PARAMS.evaluate.model_dump_json(exclude={"batch_size"}),
     message:
         "Measuring the speed of all models, side by side"
     shell:
@@ -62,7 +83,30 @@ rule measure_speed:
         " --output {output} 2>&1 | tee {log}"
 
 
+rule gather:
+    input:
+        lambda wildcards: ancient(scores_of(wildcards.results).values()),
+        speed=lambda wildcards: ancient(
+            f"work/evaluate/speed/{KEYS[wildcards.results].speed}.json"
+        ),
+    output:
+        touch("{results}/evaluate/{key}.stamp"),
+    log:
+        "logs/{results}/evaluate/{key}.log",
+    conda:
+        "../../envs/dgmr.yaml"
+    params:
+        scores=lambda wildcards: [
+            f"{name}={path}" for name, path in scores_of(wildcards.results).items()
+        ],
+        folder=folder_of("output"),
+    message:
+        "Gathering the scores, {params.folder}"
+    shell:
+        "python -m dgmr evaluate gather {params.scores} --speed {input.speed}"
+        " --output {params.folder} 2>&1 | tee {log}"
+
+
 rule evaluate:
     input:
-        expand(rules.evaluate_model.output, model=FOLDERS),
-        rules.measure_speed.output,
+        stamp("results/evaluate", MAIN.evaluate),

@@ -1,19 +1,14 @@
 # Features: the frozen teacher's outputs for every view of every sample, and calibration inputs.
 
-ASKED = PARAMS.features.model_dump_json(exclude={"calibration", "cache"})
-TARGETS_KEY = key(
-    code("dgmr.features.targets"),
-    # Other versions may draw other pixels, or compute with other kernels.
-    versions("torch", "torchvision", "timm", "pillow"),
-    TEACHER_KEY,
-    DATA_KEY,
-    ASKED,
-)
-TARGETS = f"work/features/{TARGETS_KEY}/targets"
-
+TARGETS = f"work/features/{MAIN.targets}/targets"
+CALIBRATION = f"work/features/{MAIN.calibration}/calibration"
 CALIBRATION_CONFIG = PARAMS.features.model_dump_json(include={"calibration", "batch_size"})
-CALIBRATION_KEY = key(code("dgmr.features.calibration"), TEACHER_KEY, DATA_KEY, CALIBRATION_CONFIG)
-CALIBRATION = f"work/features/{CALIBRATION_KEY}/calibration"
+CACHED = PARAMS.features.cache == "disk"
+
+
+def all_targets(_wildcards):
+    """Of all jobs. As a function, for Snakemake takes n^2 steps with a list of n files."""
+    return ancient([f"{TARGETS}/{job}" for job in JOBS] if CACHED else [])
 
 
 localrules:
@@ -22,22 +17,24 @@ localrules:
 
 rule targets:
     input:
-        teacher=rules.teacher.output,
-        data=rules.data.output.manifest,
-        shards=lambda wildcards: expand("results/data/{shard}.tar", shard=JOBS[wildcards.job]),
+        teacher=ancient(rules.teacher.output),
+        data=ancient(rules.data.output),
     output:
         directory(f"{TARGETS}/{{job}}"),
     log:
         "logs/targets/{job}.log",
+    benchmark:
+        "work/benchmark/targets/{job}.tsv"
     conda:
         "../../envs/dgmr.yaml"
     threads: 8
     resources:
         mem_mb=16000,
         runtime=240,
+        gpu=1,
     params:
         shards=shards_of,
-        config=ASKED,
+        config=PARAMS.features.model_dump_json(exclude={"calibration", "cache"}),
         teacher=folder_of("teacher"),
         data=folder_of("data"),
     message:
@@ -49,19 +46,21 @@ rule targets:
 
 rule calibration:
     input:
-        teacher=rules.teacher.output,
-        data=rules.data.output.manifest,
-        shards=rules.data.output.shards,
+        teacher=ancient(rules.teacher.output),
+        data=ancient(rules.data.output),
     output:
         directory(CALIBRATION),
     log:
         "logs/calibration.log",
+    benchmark:
+        "work/benchmark/calibration.tsv"
     conda:
         "../../envs/dgmr.yaml"
     threads: 8
     resources:
         mem_mb=16000,
         runtime=60,
+        gpu=1,
     params:
         config=CALIBRATION_CONFIG,
         teacher=folder_of("teacher"),
@@ -75,12 +74,11 @@ rule calibration:
 
 rule features:
     input:
-        teacher=rules.teacher.output,
-        targets=(expand(rules.targets.output, job=JOBS) if PARAMS.features.cache == "disk" else []),
-        calibration=rules.calibration.output,
+        teacher=ancient(rules.teacher.output),
+        targets=all_targets,
+        calibration=ancient(rules.calibration.output),
     output:
-        manifest="results/features/manifest.json",
-        metrics="results/features/metrics.json",
+        touch(stamp("results/features", MAIN.features)),
     log:
         "logs/features.log",
     conda:
@@ -89,7 +87,6 @@ rule features:
         config=PARAMS.features.model_dump_json(exclude={"batch_size"}),
         teacher=folder_of("teacher"),
         folder=folder_of("output"),
-        code=code("dgmr.features.publish"),
     message:
         "Listing the features"
     shell:

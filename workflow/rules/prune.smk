@@ -1,55 +1,95 @@
 # Prune: order every block's hidden units, refit what is kept, assemble the student.
+#
+# Runs of a sweep share what they can: orders and refits stand in work/ by their keys.
 
-PRUNE = PARAMS.prune
-PARTS = range(PRUNE.parts)
+from dgmr.params import Ordering
 
-# Only the method taylor looks at the whole model at once.
-SALIENCY_KEY = key(code("dgmr.prune.saliency"), CALIBRATION_KEY, PRUNE.seed)
-SALIENCY = f"work/prune/{SALIENCY_KEY}/saliency"
+SCORED = keys_by("saliency")
+ORDERED = keys_by("orders")
+REFITTED = keys_by("refits")
 
-ORDERING = PRUNE.model_dump_json(include=set(type(PRUNE).__base__.model_fields))
-ORDERS_KEY = key(
-    code("dgmr.prune.orders"),
-    TEACHER_KEY,
-    PRUNE.model_dump(include={"method", "seed", "tokens", "max_ratio"}),
-    CALIBRATION_KEY if PRUNE.needs_calibration else None,
-    SALIENCY_KEY if PRUNE.method == "taylor" else None,
-)
-ORDERS = f"work/prune/{ORDERS_KEY}/orders"
 
-COMPENSATES = PRUNE.compensate == "least_squares"
-REFITTING = PRUNE.model_dump_json(exclude={"method", "seed", "tokens"})
-REFITS_KEY = key(
-    code("dgmr.prune.refits"), ORDERS_KEY, CALIBRATION_KEY, PRUNE.model_dump(exclude={"parts"})
-)
-REFITS = f"work/prune/{REFITS_KEY}/refits"
-REFIT_PARTS = range(1 if PRUNE.sequential else PRUNE.parts)
+def orders_of(keys):
+    """The files of the orders, one a job."""
+    parts = keys.params.prune.parts
+    return [f"work/prune/{keys.orders}/orders/part-{p}-of-{parts}.json" for p in range(parts)]
+
+
+def refits_of(keys):
+    """The files of the refits: one a job, where each looks at its own blocks; none without."""
+    prune = keys.params.prune
+    if prune.compensate == "none":
+        return []
+    # Sequential refits follow one another, in one job that runs the whole model.
+    parts = 1 if prune.sequential else prune.parts
+    return [f"work/prune/{keys.refits}/refits/part-{p}-of-{parts}.json" for p in range(parts)]
+
+
+def needed_for_orders(wildcards):
+    """What the method looks at besides the weights."""
+    keys = ORDERED[wildcards.key]
+    prune = keys.params.prune
+    calibration = [rules.features.output[0], CALIBRATION] if prune.needs_calibration else []
+    saliency = [f"work/prune/{keys.saliency}/saliency"] if prune.method == "taylor" else []
+    return ancient(calibration + saliency)
+
+
+def options_of_orders(wildcards):
+    keys = ORDERED[wildcards.key]
+    prune = keys.params.prune
+    return [
+        option("--features", "results/features" if prune.needs_calibration else None),
+        option(
+            "--saliency",
+            f"work/prune/{keys.saliency}/saliency" if prune.method == "taylor" else None,
+        ),
+    ]
+
+
+def is_sequential(wildcards):
+    return REFITTED[wildcards.key].params.prune.sequential
+
+
+def ordering(wildcards):
+    """The section as the orders read it."""
+    prune = ORDERED[wildcards.key].params.prune
+    asked = prune.model_copy(update={"parts": int(wildcards.parts)})
+    return asked.model_dump_json(include=set(Ordering.model_fields))
+
+
+def refitting(keys, parts):
+    """The section as the refits read it."""
+    prune = keys.params.prune.model_copy(update={"parts": parts})
+    return prune.model_dump_json(exclude={"method", "seed", "tokens"})
 
 
 localrules:
     prune,
+    assemble,
 
 
 rule saliency:
     input:
-        teacher=rules.teacher.output,
-        data=rules.data.output.manifest,
-        shards=rules.data.output.shards,
+        teacher=ancient(rules.teacher.output),
+        data=ancient(rules.data.output),
     output:
-        directory(SALIENCY),
+        directory("work/prune/{key}/saliency"),
     log:
-        "logs/saliency.log",
+        "logs/saliency/{key}.log",
+    benchmark:
+        "work/benchmark/saliency/{key}.tsv"
     conda:
         "../../envs/dgmr.yaml"
     threads: 8
     resources:
         mem_mb=32000,
         runtime=240,
+        gpu=1,
     params:
         teacher=folder_of("teacher"),
         data=folder_of("data"),
         config=CALIBRATION_CONFIG,
-        seed=PRUNE.seed,
+        seed=lambda wildcards: SCORED[wildcards.key].params.prune.seed,
     message:
         "Scoring the hidden units by what the features lose"
     shell:
@@ -59,58 +99,65 @@ rule saliency:
 
 rule order_blocks:
     input:
-        teacher=rules.teacher.output,
-        features=rules.features.output.manifest if PRUNE.needs_calibration else [],
-        saliency=rules.saliency.output if PRUNE.method == "taylor" else [],
+        needed_for_orders,
+        teacher=ancient(rules.teacher.output),
     output:
-        f"{ORDERS}/part-{{part}}-of-{PRUNE.parts}.json",
+        "work/prune/{key}/orders/part-{part}-of-{parts}.json",
     log:
-        "logs/order_blocks/{part}.log",
+        "logs/order_blocks/{key}/{part}-of-{parts}.log",
+    benchmark:
+        "work/benchmark/order_blocks/{key}/{part}-of-{parts}.tsv"
     conda:
         "../../envs/dgmr.yaml"
-    threads: 4 if PRUNE.needs_calibration else 1
+    threads: lambda wildcards: 4 if ORDERED[wildcards.key].params.prune.needs_calibration else 1
     resources:
-        mem_mb=16000 if PRUNE.needs_calibration else 4000,
+        mem_mb=lambda wildcards: (
+            16000 if ORDERED[wildcards.key].params.prune.needs_calibration else 4000
+        ),
         runtime=240,
     params:
         teacher=folder_of("teacher"),
-        config=ORDERING,
-        features=option("--features", "results/features" if PRUNE.needs_calibration else None),
-        saliency=option("--saliency", SALIENCY if PRUNE.method == "taylor" else None),
+        config=ordering,
+        options=options_of_orders,
         folder=folder_of("output"),
     message:
         "Ordering the hidden units, part {wildcards.part}"
     shell:
         "python -m dgmr prune orders --teacher {params.teacher} --config {params.config:q}"
-        " {params.features} {params.saliency} --part {wildcards.part} --output {params.folder}"
-        " 2>&1 | tee {log}"
+        " {params.options} --part {wildcards.part} --output {params.folder} 2>&1 | tee {log}"
 
 
-# Sequential refits follow one another, in one job that runs the whole model.
 rule refit_blocks:
     input:
-        teacher=rules.teacher.output,
-        orders=expand(rules.order_blocks.output, part=PARTS),
-        features=rules.features.output.manifest,
-        data=rules.data.output.manifest if PRUNE.sequential else [],
-        shards=rules.data.output.shards if PRUNE.sequential else [],
+        teacher=ancient(rules.teacher.output),
+        data=ancient(rules.data.output),
+        features=ancient(rules.features.output),
+        calibration=ancient(rules.calibration.output),
+        orders=lambda wildcards: ancient(orders_of(REFITTED[wildcards.key])),
     output:
-        f"{REFITS}/part-{{part}}-of-{len(REFIT_PARTS)}.json",
+        "work/prune/{key}/refits/part-{part}-of-{parts}.json",
     log:
-        "logs/refit_blocks/{part}.log",
+        "logs/refit_blocks/{key}/{part}-of-{parts}.log",
+    benchmark:
+        "work/benchmark/refit_blocks/{key}/{part}-of-{parts}.tsv"
     conda:
         "../../envs/dgmr.yaml"
-    threads: 8 if PRUNE.sequential else 4
+    threads: lambda wildcards: 8 if is_sequential(wildcards) else 4
     resources:
-        mem_mb=32000 if PRUNE.sequential else 8000,
+        mem_mb=lambda wildcards: 32000 if is_sequential(wildcards) else 8000,
         runtime=240,
+        gpu=lambda wildcards: int(is_sequential(wildcards)),
     params:
         teacher=folder_of("teacher"),
         orders=folder_of("orders"),
-        step="sequential-refits --data results/data" if PRUNE.sequential else "refits",
-        features=CALIBRATION_CONFIG if PRUNE.sequential else folder_of("features"),
-        part="" if PRUNE.sequential else "--part {part}",
-        config=REFITTING,
+        step=lambda wildcards: (
+            "sequential-refits --data results/data" if is_sequential(wildcards) else "refits"
+        ),
+        features=lambda wildcards: (
+            CALIBRATION_CONFIG if is_sequential(wildcards) else "results/features"
+        ),
+        part=lambda wildcards: "" if is_sequential(wildcards) else f"--part {wildcards.part}",
+        config=lambda wildcards: refitting(REFITTED[wildcards.key], int(wildcards.parts)),
         folder=folder_of("output"),
     message:
         "Refitting the kept units, part {wildcards.part}"
@@ -120,26 +167,32 @@ rule refit_blocks:
         " --output {params.folder} 2>&1 | tee {log}"
 
 
-rule prune:
+rule assemble:
     input:
-        teacher=rules.teacher.output,
-        orders=expand(rules.order_blocks.output, part=PARTS),
-        refits=expand(rules.refit_blocks.output, part=REFIT_PARTS) if COMPENSATES else [],
+        teacher=ancient(rules.teacher.output),
+        orders=lambda wildcards: ancient(orders_of(KEYS[wildcards.results])),
+        refits=lambda wildcards: ancient(refits_of(KEYS[wildcards.results])),
     output:
-        expand("results/prune/{file}", file=[*ARTEFACT, "blocks.json"]),
+        touch("{results}/prune/{key}.stamp"),
     log:
-        "logs/prune.log",
+        "logs/{results}/prune/{key}.log",
     conda:
         "../../envs/dgmr.yaml"
     params:
         teacher=folder_of("teacher"),
         orders=folder_of("orders"),
         refits=lambda wildcards, input: [f"--refits {path}" for path in input.refits],
-        config=PRUNE.model_dump_json(exclude={"parts"}),
+        config=lambda wildcards: (
+            KEYS[wildcards.results].params.prune.model_dump_json(exclude={"parts"})
+        ),
         folder=folder_of("output"),
-        code=code("dgmr.prune.assemble"),
     message:
-        "Assembling the pruned student"
+        "Assembling the pruned student, {params.folder}"
     shell:
         "python -m dgmr prune assemble --teacher {params.teacher} --orders {params.orders}"
         " {params.refits} --config {params.config:q} --output {params.folder} 2>&1 | tee {log}"
+
+
+rule prune:
+    input:
+        model_stamp("results", "pruned"),

@@ -1,31 +1,62 @@
 # Report: one page, flat metrics for machines, and the student to take home.
 
 
+def rooms_of(results):
+    """The rooms that the report of a run is about."""
+    keys = KEYS[results]
+    return [
+        stamp("results/data", MAIN.data),
+        *(model_stamp(results, model) for model in keys.models),
+        stamp(f"{results}/evaluate", keys.evaluate),
+    ]
+
+
+def report_of(results):
+    return stamp(f"{results}/student", KEYS[results].report)
+
+
 localrules:
     report,
+    report_point,
 
 
 rule report:
     input:
-        rules.teacher.output,
-        rules.data.output.metrics,
-        rules.prune.output,
-        rules.distill.input,
-        rules.evaluate.input,
+        ancient(rooms_of("results")),
+        points=ancient([report_of(f"results/sweep/{point}") for point in POINTS]),
     output:
         "results/report.html",
         "results/metrics.json",
         "results/curves.json",
-        expand("results/student/{file}", file=[*ARTEFACT, "README.md"]),
+        stamp=touch(report_of("results")),
     log:
         "logs/report.log",
     conda:
         "../../envs/dgmr.yaml"
     params:
-        config=json.dumps(SHAPING),
-        results=folder_of("output"),
-        code=code("dgmr.report.page"),
+        config=json.dumps(PARAMS.shaping()),
+        points=[f"results/sweep/{point}" for point in POINTS],
     message:
         "Writing the report"
     shell:
-        "python -m dgmr report --results {params.results} --config {params.config:q} 2>&1 | tee {log}"
+        "python -m dgmr report {params.points} --results results --config {params.config:q}"
+        " 2>&1 | tee {log}"
+
+
+# The same of a point of the sweep, which shares the rooms before the pruning with all others.
+rule report_point:
+    input:
+        lambda wildcards: ancient(rooms_of(f"results/sweep/{wildcards.point}")),
+    output:
+        touch("results/sweep/{point}/student/{key}.stamp"),
+    log:
+        "logs/results/sweep/{point}/report-{key}.log",
+    conda:
+        "../../envs/dgmr.yaml"
+    params:
+        config=lambda wildcards: json.dumps(POINTS[wildcards.point].shaping()),
+    message:
+        "Writing the report of {wildcards.point}"
+    shell:
+        "python -m dgmr report --results results/sweep/{wildcards.point} --shared results"
+        " --config {params.config:q} 2>&1 | tee {log}"

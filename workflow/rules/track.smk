@@ -1,21 +1,29 @@
 # Track: MLflow is told what each room's files say, as soon as the room is done.
 
-ROOMS = {
+MADE_ONCE = {
     "teacher": rules.teacher.output,
-    "data": rules.data.output.metrics,
-    "features": rules.features.output.metrics,
-    "prune": rules.prune.output,
-    **{f"distill/{stage}": expand(rules.distill_stage.output, stage=stage) for stage in STAGES},
-    "evaluate": rules.evaluate.input,
-    "report": rules.report.output,
+    "data": rules.data.output,
+    "features": rules.features.output,
 }
-TRACK_CONFIG = json.dumps(SHAPING | {"mlflow": PARAMS.mlflow.model_dump()})
-TRACK_KEY = key(code("dgmr.track"), TRACK_CONFIG)
-TRACKED = (
-    expand(f"work/track/{TRACK_KEY}/{{room}}.json", room=ROOMS)
+
+
+def stamps_to_track(results):
+    """The stamps of a run's rooms, by the names that MLflow knows them by."""
+    return {
+        **(MADE_ONCE if results == "results" else {}),
+        "prune": model_stamp(results, "pruned"),
+        **{f"distill/{stage}": model_stamp(results, stage) for stage in STAGES},
+        "evaluate": stamp(f"{results}/evaluate", KEYS[results].evaluate),
+        "report": report_of(results),
+    }
+
+
+TRACKED = [
+    f"{results}/track/{room}/{keys.tracked(room)}.json"
+    for results, keys in KEYS.items()
+    for room in stamps_to_track(results)
     if PARAMS.mlflow.tracking_uri
-    else []
-)
+]
 
 
 localrules:
@@ -23,22 +31,24 @@ localrules:
 
 
 wildcard_constraints:
-    room="|".join(ROOMS),
+    room="|".join(stamps_to_track("results")),
 
 
 rule track:
     input:
-        lambda wildcards: ROOMS[wildcards.room],
+        lambda wildcards: ancient(stamps_to_track(wildcards.results)[wildcards.room]),
     output:
-        f"work/track/{TRACK_KEY}/{{room}}.json",
+        "{results}/track/{room}/{key}.json",
     log:
-        "logs/track/{room}.log",
+        "logs/{results}/track/{room}-{key}.log",
     conda:
         "../../envs/dgmr.yaml"
     params:
-        config=TRACK_CONFIG,
+        folder=folder_of("output"),
+        config=lambda wildcards: KEYS[wildcards.results].params.model_dump_json(),
     message:
-        "Telling MLflow about {wildcards.room}"
+        "Telling MLflow about {wildcards.results}, {wildcards.room}"
     shell:
-        "python -m dgmr track {wildcards.room} --results results --config {params.config:q}"
-        " --output {output} 2>&1 | tee {log}"
+        "rm -f {params.folder}/*.json;"
+        " python -m dgmr track {wildcards.room} --results {wildcards.results}"
+        " --config {params.config:q} --output {output} 2>&1 | tee {log}"

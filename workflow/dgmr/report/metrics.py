@@ -48,13 +48,15 @@ class Results:
         return list(self.folders)[-1]
 
 
-def read(results: Path, stages: list[str]) -> Results:
+def read(results: Path, stages: list[str], shared: Path) -> Results:
     """The saved files of the chain teacher, pruned, ``stages`` in the folder ``results``.
+
+    Teacher and data are in ``shared``, which is ``results`` itself but for a point of a sweep.
 
     Raises:
         DgmrError: a file is missing, or is about other weights than those that are there.
     """
-    folders = {TEACHER: results / "teacher", PRUNED: results / "prune"}
+    folders = {TEACHER: shared / "teacher", PRUNED: results / "prune"}
     folders |= {stage: results / "distill" / stage for stage in stages}
     provenance = {model: artefact.provenance(folder) for model, folder in folders.items()}
     _check_chain(folders, provenance)
@@ -75,7 +77,7 @@ def read(results: Path, stages: list[str]) -> Results:
         histories={stage: _read(folders[stage] / "history.json") for stage in stages},
         speed=speed,
         blocks=_read(folders[PRUNED] / "blocks.json"),
-        data=_read(results / "data" / "metrics.json"),
+        data=_read(shared / "data" / "metrics.json"),
     )
 
 

@@ -64,29 +64,38 @@ _SPARK_POINTS = 80
 _SPARK_WIDTH, _SPARK_HEIGHT = 120, 24
 
 
-def report(results: Path, stages: list[str], params: dict[str, Any], output: Path) -> None:
+def report(
+    results: Path,
+    stages: list[str],
+    params: dict[str, Any],
+    output: Path,
+    shared: Path,
+    points: Sequence[Path] = (),
+) -> None:
     """Write what the files in ``results`` say of the chain to ``output``.
 
-    ``metrics.json``, ``curves.json``, ``student/`` (the last stage's artefact, with a model card)
-    and, last, ``report.html``. ``params`` are the resolved ones, for card and page.
+    ``student/`` (the last stage's artefact, with a model card), ``metrics.json``, ``curves.json`` and,
+    last, ``report.html``. ``params`` are the resolved ones, for card and page; teacher and data are in
+    ``shared``; ``points`` are the results of a sweep's points, which the page compares.
 
     Raises:
         DgmrError: a file is missing, or is about other weights than those that are there.
     """
-    found = metrics.read(results, stages)
+    found = metrics.read(results, stages, shared)
     flat, curves = metrics.flat(found), metrics.curves(found)
-    write_json(output / METRICS, flat)
-    write_json(output / CURVES, curves)
     with replaced_folder(output / STUDENT) as partial:
         # Bytes of its own: who edits the exported student must not edit the stage's result.
         shutil.copytree(
             found.folders[found.last_stage],
             partial,
             copy_function=shutil.copyfile,
+            ignore=shutil.ignore_patterns("*.stamp"),
             dirs_exist_ok=True,
         )
         text = card.render(found, params, _figures(found))
         (partial / card.CARD).write_text(text, encoding="utf-8")
+    write_json(output / METRICS, flat)
+    write_json(output / CURVES, curves)
     page = render(found, flat, curves, params)
     with replaced(output / PAGE) as partial:
         partial.write_text(page, encoding="utf-8")
