@@ -100,6 +100,26 @@ def plan(
         planning.show_model(found, Console())
 
 
+@app.command()
+def clean(
+    file: Annotated[Path, typer.Option("--params", help="A params file.")] = Path("params.yaml"),
+    remove: Annotated[bool, typer.Option("--remove", help="Remove it.")] = False,
+) -> None:
+    """Show what work/ no longer needs with these params; with --remove, free it."""
+    from dgmr import clean as cleaning
+    from dgmr.files import readable
+
+    found = cleaning.unneeded(params.read(file))
+    for path, frees, reason in found:
+        print(f"{readable(frees):>10}  {path}  {reason}")
+    total = readable(sum(each.frees for each in found))
+    if remove:
+        cleaning.remove(found)
+        print(f"{total} freed")
+    else:
+        print(f"{total} can be freed: dgmr clean --remove" if found else "nothing to free")
+
+
 @teacher_app.command("convert")
 def teacher_convert(config: Config, output: Output) -> None:
     """Write a timm model with its weights as a model artefact."""

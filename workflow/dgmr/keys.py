@@ -36,7 +36,9 @@ class Keys:
     @functools.cached_property
     def check(self) -> str:
         """``work/check/<key>.json``."""
-        return step("check", "dgmr.check", self.params.shaping(), self._sweep)
+        runs = [self.params, *self.params.points().values()]
+        # How models are compared needs no check.
+        return step("check", "dgmr.check", [run.shaping() | {"evaluate": {}} for run in runs])
 
     @functools.cached_property
     def teacher(self) -> str:
@@ -104,27 +106,19 @@ class Keys:
         asked = self.params.features.model_dump(mode="json", exclude={"calibration", "cache"})
         # Other versions may draw other pixels, or compute with other kernels.
         libraries = versions("torch", "torchvision", "timm", "pillow")
-        return step(
-            "targets", "dgmr.features.targets", libraries, self.teacher, self.shards, asked
-        )
+        return step("targets", "dgmr.features.targets", libraries, self.teacher, self.shards, asked)
 
     @functools.cached_property
     def calibration(self) -> str:
         """``work/features/<key>/calibration``."""
-        drawn = self.params.features.model_dump(
-            mode="json", include={"calibration", "batch_size"}
-        )
-        return step(
-            "calibration", "dgmr.features.calibration", self.teacher, self.shards, drawn
-        )
+        drawn = self.params.features.model_dump(mode="json", include={"calibration", "batch_size"})
+        return step("calibration", "dgmr.features.calibration", self.teacher, self.shards, drawn)
 
     @functools.cached_property
     def features(self) -> str:
         """``results/features``."""
         targets = self.targets if self.params.features.cache == "disk" else None
-        return step(
-            "features", "dgmr.features.publish", self._answers, targets, self.calibration
-        )
+        return step("features", "dgmr.features.publish", self._answers, targets, self.calibration)
 
     @functools.cached_property
     def saliency(self) -> str:
@@ -135,14 +129,10 @@ class Keys:
     def orders(self) -> str:
         """``work/prune/<key>/orders``; not how many jobs made them."""
         prune = self.params.prune
-        how = prune.model_dump(
-            mode="json", include=set(Ordering.model_fields), exclude={"parts"}
-        )
+        how = prune.model_dump(mode="json", include=set(Ordering.model_fields), exclude={"parts"})
         calibration = self.calibration if prune.needs_calibration else None
         saliency = self.saliency if prune.method == "taylor" else None
-        return step(
-            "order_blocks", "dgmr.prune.orders", self.teacher, how, calibration, saliency
-        )
+        return step("order_blocks", "dgmr.prune.orders", self.teacher, how, calibration, saliency)
 
     @functools.cached_property
     def refits(self) -> str:
@@ -163,16 +153,12 @@ class Keys:
         assert again is not None
         calibration = self.calibration if self.params.prune.compensate == "least_squares" else None
         parts = self.model(self.parent(stage)), self.orders, calibration, self._pruning
-        return step(
-            "prune_again", "dgmr.prune.again", *parts, again.model_dump(mode="json")
-        )
+        return step("prune_again", "dgmr.prune.again", *parts, again.model_dump(mode="json"))
 
     def distill(self, stage: str) -> str:
         """``results/distill/<stage>`` and ``work/distill/<key>``, its training checkpoints."""
         config = self.params.distill.stages[stage]
-        start = (
-            self.model(self.parent(stage)) if config.prune is None else self.prune_again(stage)
-        )
+        start = self.model(self.parent(stage)) if config.prune is None else self.prune_again(stage)
         how = config.model_dump(mode="json", exclude={"prune"})
         return step("distill_stage", "dgmr.distill.trainer", start, self._answers, how)
 
@@ -215,6 +201,26 @@ class Keys:
         parts = self.evaluate, self.data, self.params.shaping(), sweep
         return step("report", "dgmr.report.page", *parts)
 
+    def of_work(self) -> set[str]:
+        """Keys of all that the run has under ``work``, or would have."""
+        stages = self.params.distill.stages
+        return {
+            self.check,
+            self.fashion_table,
+            self.selection,
+            self.downloads,
+            self.shards,
+            self.evaluation_shards,
+            self.targets,
+            self.calibration,
+            self.saliency,
+            self.orders,
+            self.refits,
+            self.speed,
+            *(self.distill(stage) for stage in stages),
+            *(self.evaluation(model) for model in self.models),
+        }
+
     def room(self, name: str) -> str:
         """Key of a room as MLflow knows them: ``prune``, or ``distill/<stage>``."""
         kind, _, stage = name.partition("/")
@@ -235,7 +241,3 @@ class Keys:
     @property
     def _pruning(self) -> Any:
         return self.params.prune.model_dump(mode="json", exclude={"parts"})
-
-    @property
-    def _sweep(self) -> Any:
-        return [point.shaping() for point in self.params.points().values()]

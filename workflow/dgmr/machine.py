@@ -1,5 +1,6 @@
 """What this machine has to share between jobs, and whether a run that left its lock still lives."""
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -22,10 +23,8 @@ def resources() -> dict[str, int]:
     that CUDA_VISIBLE_DEVICES leaves.
     """
     memory = psutil.virtual_memory().total
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no cgroups, or "max"
         memory = min(memory, int(_CGROUP_LIMIT.read_text()))
-    except (OSError, ValueError):  # no cgroups, or "max"
-        pass
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = glob("/dev/nvidia[0-9]*")
     if visible is not None:
@@ -45,7 +44,9 @@ def release_lock_of_the_dead() -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         locks = SNAKEMAKE / "locks"
         if locks.is_dir() and any(locks.iterdir()):
-            log.warning("The run before this one was killed: its lock is removed, and the work goes on.")
+            log.warning(
+                "The run before this one was killed: its lock is removed, and the work goes on."
+            )
             shutil.rmtree(locks)
     except OSError:  # another run is alive, or the file system has no such locks
         pass

@@ -19,9 +19,9 @@ from dgmr.answers import bytes_per_view
 from dgmr.check import teacher_skeleton
 from dgmr.distill.learning import named
 from dgmr.files import readable
+from dgmr.keys import Keys
 from dgmr.mlps import PrunableMlp, mlps, recorded_mlp_inputs
 from dgmr.models import TimmModel, count_parameters, flops_by_module, input_size
-from dgmr.keys import Keys
 from dgmr.params import Data, Params, Prune, Stage, Teacher
 from dgmr.prune.block import TOKENS_AT_ONCE
 from dgmr.prune.widths import reach, students

@@ -86,9 +86,7 @@ rule measure_speed:
 rule gather:
     input:
         lambda wildcards: ancient(scores_of(wildcards.results).values()),
-        speed=lambda wildcards: ancient(
-            f"work/evaluate/speed/{KEYS[wildcards.results].speed}.json"
-        ),
+        speed=lambda wildcards: ancient(f"work/evaluate/speed/{KEYS[wildcards.results].speed}.json"),
     output:
         touch("{results}/evaluate/{key}.stamp"),
     log:
