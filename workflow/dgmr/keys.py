@@ -117,8 +117,7 @@ class Keys:
     @functools.cached_property
     def features(self) -> str:
         """``results/features``."""
-        targets = self.targets if self.params.features.cache == "disk" else None
-        return step("features", "dgmr.features.publish", self._answers, targets, self.calibration)
+        return step("features", "dgmr.features.publish", self._answers, self.calibration)
 
     @functools.cached_property
     def saliency(self) -> str:
@@ -234,8 +233,11 @@ class Keys:
 
     @property
     def _answers(self) -> Any:
-        """What of the features the training sees; whence the teacher's answers come is no matter."""
-        asked = self.params.features.model_dump(mode="json", exclude={"calibration"})
+        """What the training learns from: the targets, or what the teacher is asked in every step."""
+        features = self.params.features
+        if features.cache == "disk":
+            return self.targets
+        asked = features.model_dump(mode="json", exclude={"calibration"})
         return [self.teacher, self.shards, asked]
 
     @property
