@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from dgmr.data.pack import LEDGER, SHARDS
 from dgmr.errors import DgmrError
-from dgmr.files import read_json, replaced, write_json
+from dgmr.files import read_json, replaced_files, write_json
 from dgmr.shards import MANIFEST, Shard, link_shard, write_manifest
 
 METRICS = "metrics.json"
@@ -21,8 +21,6 @@ def publish(jobs: list[Path], selection: Path, output: Path) -> None:
         DgmrError: not one image of the table could be had.
     """
     ledger = pa.concat_tables([pq.read_table(job / LEDGER) for job in jobs])
-    with replaced(output / LEDGER) as partial:
-        pq.write_table(ledger, partial)
     reasons = Counter(status.split(":")[0] for status in ledger["status"].to_pylist())
     if not reasons["ok"]:
         raise DgmrError(
@@ -30,18 +28,19 @@ def publish(jobs: list[Path], selection: Path, output: Path) -> None:
             f" {jobs[0] / LEDGER} and its like say why for each; check the URLs and data.download."
         )
     shards = [(job, Shard(**entry)) for job in jobs for entry in read_json(job / SHARDS)]
-    for job, shard in shards:
-        link_shard(job, output, shard.name)
-    write_json(
-        output / METRICS,
-        {"samples": reasons["ok"], "table": read_json(selection), "images": dict(reasons)},
-    )
-    write_manifest(output, [shard for _, shard in shards])
+    about = {"samples": reasons["ok"], "table": read_json(selection), "images": dict(reasons)}
+    with replaced_files(output, MANIFEST) as folder:
+        pq.write_table(ledger, folder / LEDGER)
+        for job, shard in shards:
+            link_shard(job, folder, shard.name)
+        write_json(folder / METRICS, about)
+        write_manifest(folder, [shard for _, shard in shards])
 
 
 def publish_evaluation(evaluation: Path, output: Path) -> None:
     """Link the ``evaluation`` shards into ``output``; the manifest comes last."""
     manifest = read_json(evaluation / MANIFEST)
-    for entry in manifest["shards"]:
-        link_shard(evaluation, output, entry["name"])
-    write_json(output / MANIFEST, manifest)
+    with replaced_files(output, MANIFEST) as folder:
+        for entry in manifest["shards"]:
+            link_shard(evaluation, folder, entry["name"])
+        write_json(folder / MANIFEST, manifest)

@@ -66,7 +66,7 @@ def save(
     content = each_whole(named.items())
     if group.is_first:
         for leftover in folder.glob("step-*.*"):  # of a writer that was killed
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         with replaced_folder(folder / f"step-{step:08d}") as partial:
             file = partial / _STATE
             written = weights.write(file, named, content)

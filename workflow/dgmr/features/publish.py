@@ -5,7 +5,7 @@ from typing import Any
 
 from dgmr import artefact, targets, weights
 from dgmr.errors import DgmrError
-from dgmr.files import sha256, write_json
+from dgmr.files import replaced_files, sha256, write_json
 from dgmr.params import Features
 from dgmr.shards import MANIFEST
 from dgmr.views import ViewTransform
@@ -25,24 +25,21 @@ def publish(
     files = [path for folder in target_folders for path in _files(folder)]
     listed_targets = _listed(files, about)
     listed_calibration = _listed(_files(calibration), {"teacher_sha256": teacher_sha256})
-    write_json(
-        output / MANIFEST,
-        {
-            "about": about,
-            "config": config.model_dump(mode="json"),
-            "targets": listed_targets,
-            "calibration": listed_calibration,
-        },
-    )
-    write_json(
-        output / "metrics.json",
-        {
-            "target_files": len(listed_targets),
-            "target_bytes": sum(path.stat().st_size for path in files),
-            "calibration_files": len(listed_calibration),
-            "calibration_bytes": sum(p.stat().st_size for p in _files(calibration)),
-        },
-    )
+    manifest = {
+        "about": about,
+        "config": config.model_dump(mode="json"),
+        "targets": listed_targets,
+        "calibration": listed_calibration,
+    }
+    sizes = {
+        "target_files": len(listed_targets),
+        "target_bytes": sum(path.stat().st_size for path in files),
+        "calibration_files": len(listed_calibration),
+        "calibration_bytes": sum(p.stat().st_size for p in _files(calibration)),
+    }
+    with replaced_files(output, MANIFEST) as folder:
+        write_json(folder / "metrics.json", sizes)
+        write_json(folder / MANIFEST, manifest)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from dgmr.files import replaced, replaced_folder, write_json
+from dgmr.files import replaced_files, write_json
 from dgmr.report import card, metrics
 from dgmr.report.metrics import PRUNED, STUDENT, TEACHER, Results, Row
 
@@ -75,21 +75,17 @@ def report(results: Path, stages: list[str], params: dict[str, Any], output: Pat
     """
     found = metrics.read(results, stages)
     flat, curves = metrics.flat(found), metrics.curves(found)
-    write_json(output / METRICS, flat)
-    write_json(output / CURVES, curves)
-    with replaced_folder(output / STUDENT) as partial:
+    text = card.render(found, params, _figures(found))
+    page = render(found, flat, curves, params)
+    with replaced_files(output, PAGE) as folder:
+        write_json(folder / METRICS, flat)
+        write_json(folder / CURVES, curves)
         # Bytes of its own: who edits the exported student must not edit the stage's result.
         shutil.copytree(
-            found.folders[found.last_stage],
-            partial,
-            copy_function=shutil.copyfile,
-            dirs_exist_ok=True,
+            found.folders[found.last_stage], folder / STUDENT, copy_function=shutil.copyfile
         )
-        text = card.render(found, params, _figures(found))
-        (partial / card.CARD).write_text(text, encoding="utf-8")
-    page = render(found, flat, curves, params)
-    with replaced(output / PAGE) as partial:
-        partial.write_text(page, encoding="utf-8")
+        (folder / STUDENT / card.CARD).write_text(text, encoding="utf-8")
+        (folder / PAGE).write_text(page, encoding="utf-8")
 
 
 def render(
