@@ -221,9 +221,9 @@ def test_a_killed_holders_lock_ends_with_it_though_its_children_live(tmp_path, h
 def test_who_waits_says_for_whom_and_gives_up_at_the_limit(tmp_path, hold, caplog):
     holder, path = hold(tmp_path / "x"), tmp_path / "x"
     waited, began = [], time.monotonic()
-    with caplog.at_level(logging.INFO), pytest.raises(DgmrError) as error:
-        with files.alone(path, 0.6, lambda: waited.append(1)):
-            raise AssertionError("both are in")
+    limited = files.alone(path, 0.6, lambda: waited.append(1))
+    with caplog.at_level(logging.INFO), pytest.raises(DgmrError) as error, limited:
+        raise AssertionError("both are in")
     assert 0.6 <= time.monotonic() - began < 5 and len(waited) > 2
     who = f"{path} is {{}}being written by process {holder.pid} on {os.uname().nodename}"
     (said,) = [record.getMessage() for record in caplog.records]
