@@ -56,8 +56,11 @@ def history(samples: int, start: float) -> list[dict[str, float]]:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
+    return write_chain(tmp_path / "results")
+
+
+def write_chain(results: Path) -> Path:
     """A finished chain of two stages."""
-    results = tmp_path / "results"
     folders = {
         "teacher": results / "teacher",
         "pruned": results / "prune",

@@ -81,9 +81,9 @@ def report(results: Path, stages: list[str], params: dict[str, Any], output: Pat
         write_json(folder / METRICS, flat)
         write_json(folder / CURVES, curves)
         # Bytes of its own: who edits the exported student must not edit the stage's result.
-        shutil.copytree(
-            found.folders[found.last_stage], folder / STUDENT, copy_function=shutil.copyfile
-        )
+        (folder / STUDENT).mkdir()
+        for path in found.folders[found.last_stage].iterdir():
+            shutil.copyfile(path, folder / STUDENT / path.name)
         (folder / STUDENT / card.CARD).write_text(text, encoding="utf-8")
         (folder / PAGE).write_text(page, encoding="utf-8")
 
