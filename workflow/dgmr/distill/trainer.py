@@ -69,6 +69,8 @@ def train(
         student, skeleton = artefact.load(parent), artefact.skeleton(parent)
         pairs = Pairs(data, features, student, verify=group.is_first)
         wait_for_all(group)  # the first one verifies for all
+        run = runs / _run_key(parent, manifest, pairs, config)
+        held.enter_context(_sole_training(run, name, group, stop_asked))
         transform = pairs.transform
         with told_of(f"distill.stages.{name}.train"):
             learner = Learner(student, skeleton, config, asked, transform, group, shard_above)
@@ -76,8 +78,6 @@ def train(
         if pairs.targets is None:
             online = Teacher(artefact.load(teacher), asked, group, shard_above)
 
-        run = runs / _run_key(parent, manifest, pairs, config)
-        held.enter_context(_sole_training(run, name, group, stop_asked))
         steps = config.samples // config.batch_size
         first, history, bad_steps = 0, History(steps), []
         if found := checkpoints.newest(run):
