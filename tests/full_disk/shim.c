@@ -110,9 +110,10 @@ int posix_fallocate(int file, off_t at, off_t length) {
     return fails(is_open_below(file)) ? number : REAL(posix_fallocate)(file, at, length);
 }
 
-int fsync(int file) { return fails(is_open_below(file)) ? -1 : REAL(fsync)(file); }
+/* What really is on the disk is of no interest here, and takes time. */
+int fsync(int file) { return fails(is_open_below(file)) ? -1 : 0; }
 
-int fdatasync(int file) { return fails(is_open_below(file)) ? -1 : REAL(fdatasync)(file); }
+int fdatasync(int file) { return fsync(file); }
 
 int mkdir(const char *path, mode_t mode) {
     int is_new = is_named_below(path) && access(path, F_OK);
