@@ -15,6 +15,7 @@ import typer
 
 from dgmr import params
 from dgmr.errors import DgmrError
+from dgmr.files import NO_SPACE
 
 
 def _group(help: str) -> typer.Typer:
@@ -50,6 +51,11 @@ def main() -> None:
     except DgmrError as error:
         print(f"dgmr: {error}", file=sys.stderr)
         sys.exit(error.status)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        print(f"dgmr: {error}: make room on the disk, and run the command again.", file=sys.stderr)
+        sys.exit(DgmrError.status)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from dgmr.files import replaced, replaced_folder, write_json
+from dgmr.files import replaced_files, write_json
 from dgmr.report import card, metrics
 from dgmr.report.metrics import PRUNED, STUDENT, TEACHER, Results, Row
 
@@ -74,8 +74,8 @@ def report(
 ) -> None:
     """Write what the files in ``results`` say of the chain to ``output``.
 
-    ``student/`` (the last stage's artefact, with a model card), ``metrics.json``, ``curves.json`` and,
-    last, ``report.html``. ``params`` are the resolved ones, for card and page; teacher and data are in
+    ``report.html``, ``metrics.json``, ``curves.json`` and, last, ``student/`` (the last stage's artefact,
+    with a model card). ``params`` are the resolved ones, for card and page; teacher and data are in
     ``shared``; ``points`` are the results of a sweep's points, which the page compares.
 
     Raises:
@@ -83,22 +83,19 @@ def report(
     """
     found = metrics.read(results, stages, shared)
     flat, curves = metrics.flat(found), metrics.curves(found)
-    with replaced_folder(output / STUDENT) as partial:
-        # Bytes of its own: who edits the exported student must not edit the stage's result.
-        shutil.copytree(
-            found.folders[found.last_stage],
-            partial,
-            copy_function=shutil.copyfile,
-            ignore=shutil.ignore_patterns("*.stamp"),
-            dirs_exist_ok=True,
-        )
-        text = card.render(found, params, _figures(found))
-        (partial / card.CARD).write_text(text, encoding="utf-8")
-    write_json(output / METRICS, flat)
-    write_json(output / CURVES, curves)
+    text = card.render(found, params, _figures(found))
     page = render(found, flat, curves, params)
-    with replaced(output / PAGE) as partial:
-        partial.write_text(page, encoding="utf-8")
+    # The student's folder has the stamp of them all, so it is what vouches for the others.
+    with replaced_files(output, STUDENT) as folder:
+        write_json(folder / METRICS, flat)
+        write_json(folder / CURVES, curves)
+        (folder / PAGE).write_text(page, encoding="utf-8")
+        # Bytes of its own: who edits the exported student must not edit the stage's result.
+        (folder / STUDENT).mkdir()
+        for path in found.folders[found.last_stage].iterdir():
+            if path.suffix != ".stamp":
+                shutil.copyfile(path, folder / STUDENT / path.name)
+        (folder / STUDENT / card.CARD).write_text(text, encoding="utf-8")
 
 
 def render(
