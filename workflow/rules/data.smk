@@ -27,10 +27,13 @@ EVALUATION = f"work/data/{EVAL_KEY}/eval"
 DATA_KEY = PACK_KEY
 
 
+# Where jobs run there may be no internet: what fetches stays here.
 localrules:
     data,
     download_images,
     evaluation_data,
+    fashion_table,
+    select_samples,
 
 
 rule fashion_table:
@@ -123,6 +126,7 @@ rule pack_evaluation:
         directory(EVALUATION),
     log:
         "logs/pack_evaluation.log",
+    localrule: PARAMS.data.eval.source == "fashion-mnist"
     conda:
         "../../envs/dgmr.yaml"
     params:
