@@ -72,7 +72,7 @@ def test_every_rule_with_a_command_has_log_environment_and_message(rules):
     assert set(rules) - set(commands) == {"all", "prune", "distill", "evaluate"}
     for name, text in commands.items():
         assert {"log", "conda", "message"} <= set(DIRECTIVE.findall(text)), name
-        assert "2>&1 | tee {log}" in text, name
+        assert re.search(r"2>&1 \| (\(trap '' TERM INT; )?tee \{log\}", text), name
 
 
 def test_every_section_of_params_is_read(repository):

@@ -7,7 +7,9 @@ params (``--config``) is JSON, as the rules pass it, or a params file, by hand.
 import dataclasses
 import json
 import logging
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,19 +20,28 @@ from dgmr.errors import DgmrError
 from dgmr.files import NO_SPACE
 
 
-def _group(help: str) -> typer.Typer:
+def _offline() -> None:
+    # What these commands read are files; a compute node may have no internet to look for more.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _group(help: str, callback: Callable[[], None] | None = None) -> typer.Typer:
     return typer.Typer(
-        help=help, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+        help=help,
+        callback=callback,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
     )
 
 
 app = _group("Prune vision transformers and distil what they knew.")
 teacher_app = _group("Bring the teacher in.")
 data_app = _group("From a table of URLs to shards.")
-features_app = _group("What the teacher says of the images.")
-prune_app = _group("Keep a diverse subset of hidden units.")
-distill_app = _group("Train the student, stage after stage.")
-evaluate_app = _group("Compare the models.")
+features_app = _group("What the teacher says of the images.", _offline)
+prune_app = _group("Keep a diverse subset of hidden units.", _offline)
+distill_app = _group("Train the student, stage after stage.", _offline)
+evaluate_app = _group("Compare the models.", _offline)
 
 Config = Annotated[str, typer.Option(help="The section as JSON, or a params file.")]
 Output = Annotated[Path, typer.Option(help="What to write.")]
@@ -368,6 +379,7 @@ def distill_train(
     ),
     processes: Annotated[int, typer.Option(help="Processes that train together.")] = 1,
     gpus: Annotated[int, typer.Option(help="Or one for each of so many GPUs.")] = 0,
+    nodes: Annotated[int, typer.Option(help="Nodes of a Slurm job that share them.")] = 1,
     workers: Annotated[
         str, typer.Option(help="Processes that load images, for each of them; or auto.")
     ] = "auto",
@@ -393,7 +405,7 @@ def distill_train(
     running = params.section(params.Running, json.dumps(given))
     from dgmr.distill.parallel import launch
 
-    launch(gpus or processes)
+    launch(gpus or processes, nodes)
     from dgmr.distill.trainer import train
 
     train(stage, parent, teacher, data, features, section, output, runs, running)

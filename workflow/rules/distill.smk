@@ -86,6 +86,7 @@ rule distill_stage:
         mem_mb=16000,
         runtime=720,
         gpu=1,
+        nodes=1,
         processes=DISTILL.processes,
         workers="auto" if DISTILL.workers is None else str(DISTILL.workers),
         shard_above=DISTILL.shard_above,
@@ -100,14 +101,16 @@ rule distill_stage:
         folder=folder_of("output"),
     message:
         "Distilling, stage {wildcards.stage}"
+    # Schedulers send SIGTERM to every process of a job: bash and tee outlast it, or the trainer would be
+    # killed with the job before it has saved.
     shell:
-        "python -m dgmr distill train --stage {wildcards.stage} --parent {params.parent}"
+        "trap : TERM INT; python -m dgmr distill train --stage {wildcards.stage} --parent {params.parent}"
         " --teacher {params.teacher} --data {params.data} --features {params.features}"
         " --config {params.config:q} --output {params.folder} --runs work/distill/{wildcards.key}"
-        " --gpus {resources.gpu} --processes {resources.processes} --workers {resources.workers}"
-        " --shard-above {resources.shard_above}"
+        " --gpus {resources.gpu} --nodes {resources.nodes} --processes {resources.processes}"
+        " --workers {resources.workers} --shard-above {resources.shard_above}"
         " --checkpoint-every-s {resources.checkpoint_every_s}"
-        " --max-bad-steps {resources.max_bad_steps} 2>&1 | tee {log}"
+        " --max-bad-steps {resources.max_bad_steps} 2>&1 | (trap '' TERM INT; tee {log})"
 
 
 rule distill:
