@@ -28,9 +28,9 @@ class Student(mlflow.pyfunc.PythonModel):
             self.model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
     @torch.inference_mode()
-    def predict(self, context, model_input, params=None):  # type: ignore  # noqa: ANN001, ANN201 - MLflow would read the types as a signature
+    def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> np.ndarray:
         """Of normalised images ``[B, C, H, W]``, float32."""
-        images = torch.from_numpy(np.asarray(model_input, dtype=np.float32))
+        images = torch.from_numpy(model_input)
         return self.model(images).numpy()
 
 

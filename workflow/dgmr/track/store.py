@@ -112,14 +112,20 @@ class Chain:
         None fits where a stage was killed and, on hardware that is not exact, comes to other values.
         """
         params = {param.key: param.value for param in _as_params(account.params)}
+        said = {point[:3] for point in account.points}
+        is_done, last = (
+            account.status == _FINISHED,
+            max((p.step for p in account.points), default=0),
+        )
         for run in runs:
             told = [
                 (point.key, point.value, point.step)
                 for metric in run.data.metrics
                 for point in self.client.get_metric_history(run.info.run_id, metric)
             ]
-            is_said = set(told) <= {point[:3] for point in account.points}
-            is_said &= run.data.params.items() <= params.items()
+            # A stage that went on from a checkpoint comes to the rows behind it once more.
+            ahead = {point for point in told if not is_done and point[2] > last}
+            is_said = set(told) - ahead <= said and run.data.params.items() <= params.items()
             if is_said and len(told) == len(set(told)):
                 return run, set(told)
         return None
