@@ -14,19 +14,21 @@ from dgmr.prune import prune_model
 STORE = "sqlite:///mlflow.db"
 STEPS = [64 * (i + 1) for i in range(250)]
 BLOCKS = 3
+REPOSITORY = Path(dgmr.__file__).parents[2]
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(Path(dgmr.__file__).parents[1]),
     "OMP_NUM_THREADS": "1",
 }
 
 
-def make_params(experiment, uri=STORE, **teacher):
+def make_params(experiment, uri=STORE, stages=None, **teacher):
     stage = {"train": "mlp", "samples": 16000, "lr": 1e-3}
+    stages = stages or {"mlp": stage, "all": stage | {"train": "all", "lr": 1e-4}}
     values = {
         "teacher": {"model": "vit_tiny_patch16_224"} | teacher,
         "data": {"n_samples": 100, "urls": "file"},
         "prune": {"ratio": 1.0},
-        "distill": {"stages": {"mlp": stage, "all": stage | {"train": "all", "lr": 1e-4}}},
+        "distill": {"stages": stages},
         "mlflow": {"tracking_uri": uri, "experiment": experiment},
     }
     return params.validate(values)
@@ -84,6 +86,12 @@ def run(*arguments, **options):
     return subprocess.Popen(command, env=ENVIRONMENT, **options)
 
 
+def in_environment(command, **options):
+    """Run a program of this environment."""
+    program = Path(sys.executable).with_name(command[0])
+    return subprocess.run([program if program.exists() else command[0], *command[1:]], **options)
+
+
 class Store:
     """What a store says of an experiment."""
 
@@ -91,7 +99,8 @@ class Store:
         from mlflow import MlflowClient
 
         self.client = MlflowClient(tracking_uri=uri)
-        self.id = self.client.get_experiment_by_name(experiment).experiment_id
+        found = self.client.get_experiment_by_name(experiment)
+        self.id = found and found.experiment_id
 
     def all(self):
         return self.client.search_runs([self.id])

@@ -5,13 +5,23 @@ from pathlib import Path
 
 import pytest
 import told
+from dgmr.track import store as making
+
+
+@pytest.fixture(scope="session")
+def empty(tmp_path_factory):
+    """A store that is made, which takes seconds."""
+    database = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    making.make(database, "unused")
+    return database
 
 
 @pytest.fixture(scope="module", autouse=True)
-def workspace(tmp_path_factory):
+def workspace(tmp_path_factory, empty):
     """The working folder; each test has an experiment of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("workspace"))
+        shutil.copy(empty, "mlflow.db")
         yield Path.cwd()
 
 
@@ -34,3 +44,9 @@ def experiment(request):
 def store(experiment):
     """Made when it is asked: the experiment is not there before."""
     return lambda: told.Store(experiment)
+
+
+@pytest.fixture
+def uri(workspace):
+    """Of the store, for those who work elsewhere."""
+    return f"sqlite:///{workspace}/mlflow.db"

@@ -13,6 +13,7 @@ from dgmr.track import tell
 from dgmr.track.accounts import rooms
 from dgmr.track.tell import sync, track
 from filelock import FileLock
+from server import Late, server  # noqa: F401 - fixture
 from told import BLOCKS, STEPS, make_params, write
 
 
@@ -204,3 +205,28 @@ def test_only_done_rooms_are_told(results, experiment, store):
     write(results / "data/metrics.json", "{")
     with pytest.raises(json.JSONDecodeError):  # no fault of the store's
         track("data", config, results)
+
+
+def test_late_store_is_one_warning_in_time_and_caught_up(
+    results, experiment, server, monkeypatch, capfd
+):
+    late = Late(server.port, delay_s=1.0)
+    given_up = make_params(experiment, late.uri)
+    monkeypatch.setattr(tell, "LIMIT_S", 4.0)
+    for room in ("prune", "distill/mlp", "report"):
+        began = time.monotonic()
+        assert not track(room, given_up, results)
+        assert time.monotonic() - began < 4 + 6  # and what the student's size allows
+        out, err = capfd.readouterr()
+        assert out == "" and "no end after 4 s" in err and err.count("\n") == 1
+    assert late.requests > 3
+    monkeypatch.undo()
+    time.sleep(1.5)  # what was sent arrives after its sender gave up
+    assert all(sync(make_params(experiment, server.uri), results).values())
+    found = told.Store(experiment, server.uri)
+    [chain], children = found.finished()
+    assert len(found.models()) == 1
+    assert len(found.points(children["distill/mlp"], "loss")) == len(STEPS)
+    late.delay_s = 0.01
+    assert track("prune", given_up, results)
+    late.shutdown()

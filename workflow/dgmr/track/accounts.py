@@ -24,7 +24,7 @@ DVC_LOCK = Path("dvc.lock")
 STALE_S = 600.0
 """Seconds after which a stage that says nothing is taken for dead; it writes every few seconds."""
 _MODEL_ROOMS = ("teacher", "prune", "distill")
-# What Snakemake measures of a rule's jobs, in work/benchmark/<rule>/.
+# What Snakemake measures of a rule's jobs: work/benchmark/<rule>/<wildcards>.tsv, or <rule>.tsv.
 _RULES = {
     "teacher": ["teacher"],
     "data": [
@@ -215,7 +215,8 @@ def _system(kind: str, stage: str) -> list[Point]:
     """
     jobs: list[dict[str, float]] = []
     for rule in _RULES[kind]:
-        for path in sorted((BENCHMARKS / rule).rglob(f"{stage or '*'}.tsv")):
+        alone = [path for path in (BENCHMARKS / f"{rule}.tsv",) if path.is_file()]
+        for path in alone + sorted((BENCHMARKS / rule).rglob(f"{stage or '*'}.tsv")):
             with path.open(newline="") as file:
                 jobs += [_measured(row) for row in csv.DictReader(file, delimiter="\t")]
     found: dict[str, float] = {}

@@ -205,13 +205,13 @@ def connect(uri: str) -> tuple["MlflowClient", str | None]:
             database.parent.mkdir(parents=True, exist_ok=True)
             artifacts = (database.parent / "mlartifacts").as_uri()
             if not database.exists():
-                _make(database, artifacts)
+                make(database, artifacts)
         with create_engine(url).connect():
             pass  # MLflow would take minutes to give up
     return MlflowClient(tracking_uri=uri), artifacts
 
 
-def _make(database: Path, artifacts: str) -> None:
+def make(database: Path, artifacts: str) -> None:
     """A new store, complete or absent: one whose tables were half made would never open again."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
