@@ -1,28 +1,27 @@
-"""A working folder whose one store the tests of a module share."""
+"""A working folder whose one store the tests share."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import told
 from dgmr.track import store as making
+from server import server  # noqa: F401 - fixture
 
 
 @pytest.fixture(scope="session")
-def empty(tmp_path_factory):
-    """A store that is made, which takes seconds."""
-    database = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    making.make(database, "unused")
-    return database
+def workplace(tmp_path_factory):
+    """With a store, which takes seconds to make: MLflow keeps a connection to it all session."""
+    folder = tmp_path_factory.mktemp("workspace")
+    making.make(folder / "mlflow.db", "unused")
+    return folder
 
 
 @pytest.fixture(scope="module", autouse=True)
-def workspace(tmp_path_factory, empty):
+def workspace(workplace):
     """The working folder; each test has an experiment of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("workspace"))
-        shutil.copy(empty, "mlflow.db")
-        yield Path.cwd()
+        patch.chdir(workplace)
+        yield workplace
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +40,9 @@ def experiment(request):
 
 
 @pytest.fixture
-def store(experiment):
+def store(experiment, uri):
     """Made when it is asked: the experiment is not there before."""
-    return lambda: told.Store(experiment)
+    return lambda: told.Store(experiment, uri)
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from dgmr.models import outputs_and_logits
 from dgmr.prune import prune_model
 from dgmr.track import student
 from dgmr.track.tell import sync, track
-from server import server  # noqa: F401 - fixture
 
 # Apart from this package, and where nothing may be unpickled.
 LOAD = """

@@ -13,7 +13,7 @@ from dgmr.track import tell
 from dgmr.track.accounts import rooms
 from dgmr.track.tell import sync, track
 from filelock import FileLock
-from server import Late, server  # noqa: F401 - fixture
+from server import Late
 from told import BLOCKS, STEPS, make_params, write
 
 
