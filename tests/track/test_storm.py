@@ -105,7 +105,7 @@ class Chain:
             self.survived += process.exitcode == 0
             assert process.exitcode in (0, -9), (self.folder / "tellers.out").read_text()
         if self.took:  # as fast as the machine is now
-            self.within_s = sum(self.took) / len(self.took)
+            self.within_s = 0.6 * sum(self.took) / len(self.took)
 
     def look(self):
         """Note what the killed ones have left in the store."""
@@ -224,10 +224,10 @@ def test_storm_on_fresh_stores(fresh, monkeypatch):
 @pytest.mark.parametrize("seed", range(2))
 def test_storm_on_sqlite(fresh, monkeypatch, seed):
     chain = fresh(seed)
-    storm(chain, rounds=25, count=8)
+    storm(chain, rounds=15, count=8)
     chain.sync()
     _, found = chain.check(monkeypatch)
-    assert chain.killed > 100 and chain.dirty["unfinished"] > 3
+    assert chain.killed > 60 and chain.dirty["unfinished"]
     _assert_nothing_orphaned(chain, found)
 
 
@@ -240,16 +240,16 @@ def test_storm_on_a_server(tmp_path, whole, experiment, monkeypatch):
         chain = Chain(tmp_path / "place", whole, server.uri, experiment, 7)
 
         def between(number):
-            if number % 8 == 7:
+            if number % 5 == 4:
                 chain.gust(3)
                 server.kill()
                 server.start()
 
-        storm(chain, rounds=25, count=8, between=between)
+        storm(chain, rounds=12, count=8, between=between)
         time.sleep(2)  # what was on its way has arrived
         chain.sync()
         chain.check(monkeypatch)
-        assert chain.killed > 100 and chain.dirty["unfinished"] > 3
+        assert chain.killed > 60 and chain.dirty["unfinished"]
     finally:
         server.kill()
 
@@ -274,6 +274,6 @@ def _assert_nothing_orphaned(chain, found):
         kept = {row[0] for row in connection.execute("select run_uuid from runs")}
         models = {row[0] for row in connection.execute("select model_id from logged_models")}
     assert len(kept) == 1 + len(found) and len(models) == 1
-    lying = {path.name for path in (chain.folder / "mlartifacts").glob("*/*")} - {"models"}
-    lying |= {path.name for path in (chain.folder / "mlartifacts").glob("*/models/*")}
+    lying = {path.name for path in (chain.folder / "mlartifacts").iterdir()} - {"models"}
+    lying |= {path.name for path in (chain.folder / "mlartifacts/models").iterdir()}
     assert lying <= kept | models

@@ -17,7 +17,7 @@ from dgmr.track.accounts import Account, read, read_live, rooms
 from dgmr.track.store import Chain
 
 LOCK = Path("work/track.lock")
-LIMIT_S = 120.0
+LIMIT_S = 180.0
 """Seconds a telling may take, waiting for others included."""
 _BYTES_PER_S = 20e6
 """And more for the student's weights, which may have to be sent."""
