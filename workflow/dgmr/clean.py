@@ -31,7 +31,9 @@ def unneeded(params: Params) -> list[Unneeded]:
     used = {key for keys in runs for key in keys.of_work()}
     found = {
         path: "of other params or code"
-        for path in sorted([*WORK.glob("*/*"), *WORK.glob("evaluate/*/*")])
+        for path in sorted(
+            [*WORK.glob("*/*"), *WORK.glob("evaluate/*/*"), *WORK.glob("benchmark/*/*")]
+        )
         if _KEY.fullmatch(path.stem) and path.stem not in used
     }
     for keys in runs:

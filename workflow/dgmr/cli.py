@@ -4,6 +4,7 @@ Stages are imported when they are called, so that ``dgmr --help`` needs no torch
 params (``--config``) is JSON, as the rules pass it, or a params file, by hand.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -42,6 +43,7 @@ features_app = _group("What the teacher says of the images.", _offline)
 prune_app = _group("Keep a diverse subset of hidden units.", _offline)
 distill_app = _group("Train the student, stage after stage.", _offline)
 evaluate_app = _group("Compare the models.", _offline)
+track_app = _group("Tell MLflow what the files say.")
 
 Config = Annotated[str, typer.Option(help="The section as JSON, or a params file.")]
 Output = Annotated[Path, typer.Option(help="What to write.")]
@@ -51,6 +53,8 @@ Features = Annotated[Path, typer.Option(help="The features room, results/feature
 Downloads = Annotated[Path, typer.Option(help="Where Fashion-MNIST is kept if it is fetched.")]
 Orders = Annotated[Path, typer.Option(help="Folder of orders.")]
 Part = Annotated[int, typer.Option(help="Which share of the blocks, from 0.")]
+Results = Annotated[Path, typer.Option(help="results/")]
+Whole = Annotated[str, typer.Option(help="All params as JSON, or a params file.")]
 _RUNNING = params.Running.model_fields
 
 
@@ -77,7 +81,7 @@ def schema() -> None:
 
 @app.command()
 def check(
-    config: Annotated[str, typer.Option(help="All params as JSON, or a params file.")],
+    config: Whole,
     targets: Annotated[Path, typer.Option(help="Where the targets will be.")],
     output: Output,
 ) -> None:
@@ -465,8 +469,8 @@ def export(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Option(help="The run's results.")],
-    config: Annotated[str, typer.Option(help="All params as JSON, or a params file.")],
+    results: Results,
+    config: Whole,
     points: Annotated[
         list[Path] | None, typer.Argument(help="Results of a sweep's points, each with its report.")
     ] = None,
@@ -482,28 +486,47 @@ def report(
     report(results, stages, resolved.shaping(), results, shared or results, points or [])
 
 
-@app.command()
-def track(
-    results: Annotated[Path, typer.Option(help="results/")],
-    config: Annotated[str, typer.Option(help="All params as JSON, or a params file.")],
-    room: Annotated[
-        str | None, typer.Argument(help="teacher, data, ..., distill/<stage>, report; none: all.")
-    ] = None,
+@track_app.command("room")
+def track_room(
+    room: Annotated[str, typer.Argument(help="teacher, data, ..., distill/<stage>, report.")],
+    results: Results,
+    config: Whole,
     output: Annotated[Path | None, typer.Option(help="Where to note what was told.")] = None,
 ) -> None:
-    """Tell MLflow what the files of a room say, or of all that are done."""
-    from dgmr import track as tracking
+    """Tell the store of a room that is done."""
     from dgmr.files import write_json
+    from dgmr.track.tell import track
 
-    resolved = params.section(params.Params, config)
-    if room is None:
-        told = tracking.sync(resolved, results)
-    else:
-        told = {room: tracking.track(room, resolved, results)}
-    for name, is_told in told.items():
-        print(f"{name}: {'told' if is_told else 'not told'}")
+    told = {room: track(room, params.section(params.Params, config), results)}
+    _print_told(told)
     if output is not None:
         write_json(output, told)
+
+
+@track_app.command("sync")
+def track_sync(results: Results, config: Whole) -> None:
+    """Tell the store of all rooms, whatever it missed, and of stages that were killed."""
+    from dgmr.track.tell import sync
+
+    _print_told(sync(params.section(params.Params, config), results))
+
+
+def _print_told(told: dict[str, bool]) -> None:
+    for name, is_told in told.items():
+        print(f"{name}: {'told' if is_told else 'not told'}")
+
+
+@track_app.command("follow")
+def track_follow(
+    results: Results,
+    config: Whole,
+    wait_s: Annotated[float, typer.Option(help="Seconds to wait for a stage to go on.")] = 600.0,
+) -> None:
+    """Tell the store of stages as they train, beside them; ends with them, or by Ctrl-C."""
+    from dgmr.track.follow import follow
+
+    with contextlib.suppress(KeyboardInterrupt):
+        follow(params.section(params.Params, config), results, wait_s)
 
 
 def _named(pairs: list[str]) -> dict[str, Path]:
@@ -518,5 +541,6 @@ for name, group in {
     "prune": prune_app,
     "distill": distill_app,
     "evaluate": evaluate_app,
+    "track": track_app,
 }.items():
     app.add_typer(group, name=name)

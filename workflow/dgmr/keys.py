@@ -229,7 +229,7 @@ class Keys:
     def tracked(self, room: str) -> str:
         """``results/track/<room>/<key>.json``: that MLflow was told of a room of this run."""
         told = self.params.mlflow.model_dump(mode="json"), self.params.shaping()
-        return key(code("dgmr.track"), told, room, self.room(room))
+        return key(code("dgmr.track.tell"), told, room, self.room(room))
 
     @property
     def _answers(self) -> Any:

@@ -37,7 +37,7 @@ rule prune_again:
     log:
         "logs/{results}/prune_again/{stage}-{key}.log",
     benchmark:
-        "work/benchmark/prune_again/{results}/{stage}-{key}.tsv"
+        "work/benchmark/prune_again/{key}/{results}/{stage}.tsv"
     conda:
         "../../envs/dgmr.yaml"
     threads: 8
@@ -78,7 +78,7 @@ rule distill_stage:
     log:
         "logs/{results}/distill/{stage}-{key}.log",
     benchmark:
-        "work/benchmark/distill_stage/{results}/{stage}-{key}.tsv"
+        "work/benchmark/distill_stage/{key}/{results}/{stage}.tsv"
     conda:
         "../../envs/dgmr.yaml"
     threads: 8

@@ -34,7 +34,7 @@ rule evaluate_model:
     log:
         "logs/evaluate/{key}.log",
     benchmark:
-        "work/benchmark/evaluate_model/{key}.tsv"
+        "work/benchmark/evaluate_model/{key}/evaluate.tsv"
     conda:
         "../../envs/dgmr.yaml"
     threads: 8

@@ -15,6 +15,7 @@ from dgmr import artefact
 from dgmr.distill import checkpoints
 from dgmr.distill.history import History
 from dgmr.distill.learner import Learner, Measured, Teacher
+from dgmr.distill.live import Live
 from dgmr.distill.pairs import Batch, Batches, PairOrder, Pairs
 from dgmr.distill.parallel import (
     Processes,
@@ -87,6 +88,8 @@ def train(
             if group.is_first:
                 log.info("distill %s: going on after step %d of %d", name, first, steps)
 
+        parent_sha256 = artefact.provenance(parent)["sha256"]
+        live = Live(run, name, config, steps, parent_sha256, output)
         order = PairOrder(len(pairs.images), asked.views.count, config.seed)
         loader = DataLoader(
             pairs,
@@ -119,6 +122,8 @@ def train(
                     about = {"history": history.state(), "bad_steps": bad_steps}
                     checkpoints.save(run, done, learner.state(), about, group)
                     saved_at = time.monotonic()
+                if group.is_first:
+                    live.write_if_due(done, history)
                 if measured.asks["stop"] and done < steps:
                     raise Stopped(
                         f"distill {name}: stopped after step {done} of {steps}, and saved; the same"
@@ -127,7 +132,7 @@ def train(
 
         provenance = {
             "stage": f"distill {name}",
-            "parent_sha256": artefact.provenance(parent)["sha256"],
+            "parent_sha256": parent_sha256,
             "config": config.model_dump(mode="json"),
             "samples": total,
             "skipped_steps": len(bad_steps),
