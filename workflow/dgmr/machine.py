@@ -90,6 +90,7 @@ def _end_orphans() -> None:
     for process in orphans:
         with contextlib.suppress(psutil.Error):
             process.terminate()
+            process.resume()  # after Ctrl-Z
     _, stubborn = psutil.wait_procs(orphans, _SAVING_S)
     for process in stubborn:
         with contextlib.suppress(psutil.Error):
