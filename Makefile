@@ -11,7 +11,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-.PHONY: help install run test test-rerun test-prune test-resume test-distributed test-enospc test-slurm test-mlflow lint ui demo-teacher schema lock bench-dag bench-distill bench-prune bench-methods bench-minilm
+.PHONY: help install run test test-rerun test-prune test-resume test-distributed test-enospc test-slurm test-mlflow test-kill lint ui demo-teacher schema lock bench-dag bench-distill bench-prune bench-methods bench-minilm
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ test-prune: install ## The prune room's proofs at full size (30 minutes, 25 GB o
 
 test-resume: install ## Training killed at random moments ends bit by bit as if it had not been.
 	$(BIN)/python -m pytest -m "slow or not slow" tests/distill/test_resume.py
+
+test-kill: install ## The whole chain killed a hundred times ends at the same files (half an hour).
+	$(BIN)/python -m pytest -m "slow or not slow" -s tests/workflow/test_kill_loop.py tests/workflow/test_killed.py
 
 test-distributed: install ## Several processes train as one does.
 	$(BIN)/python -m pytest -m "slow or not slow" tests/distill/test_distributed.py

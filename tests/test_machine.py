@@ -11,7 +11,7 @@ HOLD = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from dgmr import machine
-machine.release_lock_of_the_dead()
+machine.take_over_from_the_dead()
 print("alive", flush=True)
 sys.stdin.read()
 """
@@ -23,7 +23,6 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "_alive", [])
     lock = tmp_path / ".snakemake/locks/0.output.lock"
     lock.parent.mkdir(parents=True)
-    lock.write_text("results/x\n")
     return lock
 
 
@@ -41,20 +40,18 @@ def another_run():
 
 def test_lock_of_a_killed_run_is_removed(place, caplog):
     run = another_run()
-    place.parent.mkdir(exist_ok=True)
     place.write_text("results/x\n")  # as Snakemake writes it, after the Snakefile is read
     run.kill()
     run.communicate()
-    machine.release_lock_of_the_dead()
+    machine.take_over_from_the_dead()
     assert not place.exists() and "was killed" in caplog.text
 
 
 def test_lock_of_a_living_run_stays(place):
     run = another_run()
     try:
-        place.parent.mkdir(exist_ok=True)
         place.write_text("results/x\n")
-        machine.release_lock_of_the_dead()
+        machine.take_over_from_the_dead()
         assert place.exists()
         # Nor when the first of two runs has ended, for the second is alive.
         second = another_run()
@@ -68,9 +65,15 @@ def test_lock_of_a_living_run_stays(place):
         run.kill()
 
 
+def test_lock_of_another_machine_stays(place, caplog):
+    place.write_text("results/x\n")
+    (place.parents[1] / "alive.lock").write_text("elsewhere")
+    machine.take_over_from_the_dead()
+    assert place.exists() and "elsewhere" in caplog.text
+
+
 def test_no_lock_is_no_warning(place, caplog):
-    place.unlink()
-    machine.release_lock_of_the_dead()
+    machine.take_over_from_the_dead()
     assert not caplog.text
 
 

@@ -1,32 +1,26 @@
 """SIGKILL in the middle: the same command goes on and ends at the same students."""
 
+import contextlib
 import hashlib
 import os
 import re
 import shutil
-from pathlib import Path
+import signal
+import subprocess
+import time
 
 import pytest
+from kills import jobs
 
-STUDENTS = ("results/prune", "results/distill/mlp", "results/distill/all")
+PRUNED = ("results/prune",)
+STUDENTS = (*PRUNED, "results/distill/mlp", "results/distill/all")
 
 
-def sha256_of_students(place):
+def sha256_of_students(place, folders=STUDENTS):
     return {
         folder: hashlib.sha256((place / folder / "model.safetensors").read_bytes()).hexdigest()
-        for folder in STUDENTS
+        for folder in folders
     }
-
-
-def jobs(place, command):
-    """The processes of a ``dgmr`` command in this folder."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            said = (process / "cmdline").read_bytes().decode().split("\0")
-            if command in said and os.readlink(process / "cwd") == str(place.folder):
-                yield process
-        except OSError:  # it ended, or is another user's
-            continue
 
 
 @pytest.fixture
@@ -42,6 +36,35 @@ def place(finished, tmp_path):
     return place
 
 
+@contextlib.contextmanager
+def at_work(place, environment, *arguments, step):
+    """Snakemake in ``place``, and the process of its first job that does ``step``."""
+    with (place / "said.txt").open("w") as said:
+        snakemake = subprocess.Popen(
+            place.command(*arguments),
+            cwd=place.folder,
+            env=environment,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            while not (found := [job for job, name in jobs(place.folder) if name == step]):
+                assert snakemake.poll() is None, (place / "said.txt").read_text()
+                time.sleep(0.02)
+            yield snakemake, found[0]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                snakemake.send_signal(signal.SIGKILL)
+            for job, _ in jobs(place.folder):
+                job.kill()
+            snakemake.wait()
+
+
+def locks(place):
+    return list(place.folder.glob(".snakemake/locks/*"))
+
+
 def test_killed_twice_it_ends_at_the_same_students(place, finished):
     # In a targets job, while it writes; its other files are not in place yet.
     place.kill_when(
@@ -49,23 +72,63 @@ def test_killed_twice_it_ends_at_the_same_students(place, finished):
     )
     assert list(place.folder.glob("work/features/*/targets/*.partial/*"))
     assert any((place / ".snakemake/incomplete").iterdir())
-    assert not (place / "results/features/manifest.json").exists()
-
-    locked = place.run("distill")
-    assert locked.status != 0 and "--unlock" in locked.output
-    place.finish("--unlock")
+    assert locks(place) and not (place / "results/features/manifest.json").exists()
 
     # In a distillation, once it has saved a training checkpoint.
     place.edit(distill__checkpoint_every_s=0)
-    place.kill_when(lambda: any(place.folder.glob("work/distill/*/step-????????")), "distill")
+    place.kill_when(lambda: any(place.folder.glob("work/distill/*/*/step-????????")), "distill")
+    assert (place / "killed.txt").read_text().count(
+        "its lock is removed, and the work goes on"
+    ) == 1
     assert (place / "results/features/manifest.json").exists()
     assert not (place / "results/distill/mlp/model.safetensors").exists()
-    assert not list(jobs(place, "distill"))  # its loop is dead too
+    assert not list(jobs(place.folder))  # its loop is dead too
 
-    place.finish("--unlock")
     stored = {p: p.stat().st_mtime_ns for p in place.folder.glob("work/features/*/*/*/*")}
     done = place.finish("distill")
+    assert "its lock is removed" in done.output and "unlock" not in done.output
     assert re.search(r"distill mlp: going on after step [1-9] of 10", done.output)
     assert {p: p.stat().st_mtime_ns for p in stored} == stored  # nothing was done twice
     assert sha256_of_students(place) == sha256_of_students(finished)
     assert not place.planned("distill") and not list(place.folder.rglob("*.partial"))
+    assert "its lock is removed" not in place.finish("distill").output
+
+
+def test_two_runs_at_once_and_orphans(place, finished, clean_environment):
+    with at_work(place, clean_environment, "prune", step="features calibration") as (first, job):
+        job.suspend()  # so that it is still there when it is looked at
+        second = place.run("prune")
+        assert second.status == 1 and "Directory cannot be locked" in second.output
+        assert "its lock is removed" not in second.output
+        assert place.planned("prune")  # a dry run may be done beside it
+        assert locks(place) and first.poll() is None and job.is_running()
+
+        first.kill()
+        first.wait()
+        assert job.is_running() and locks(place)
+        third = place.finish("prune")
+        assert "its lock is removed" in third.output
+        assert "Jobs that it left at work are ended first" in third.output
+        assert not job.is_running() and not list(jobs(place.folder))
+    assert sha256_of_students(place, PRUNED) == sha256_of_students(finished, PRUNED)
+    (place / ".snakemake/locks").mkdir(exist_ok=True)
+    (place / ".snakemake/locks/0.output.lock").write_text("results/metrics.json\n")
+    place.finish("--unlock")
+    assert not locks(place)
+
+
+def test_asked_to_stop_it_ends_cleanly_and_goes_on(place, finished, clean_environment):
+    # A terminal tells all processes; who sends SIGTERM means Snakemake, which awaits its jobs.
+    for step, tell, asked in (
+        ("features calibration", os.killpg, signal.SIGINT),
+        ("prune orders", os.kill, signal.SIGTERM),
+    ):
+        with at_work(place, clean_environment, "prune", step=step) as (snakemake, _):
+            tell(snakemake.pid, asked)
+            assert snakemake.wait(120) == 1
+            assert not list(jobs(place.folder)) and not locks(place)
+        said = (place / "said.txt").read_text()
+        assert "its lock is removed" not in said and "IncompleteFiles" not in said, said
+    done = place.finish("prune")
+    assert "its lock is removed" not in done.output
+    assert sha256_of_students(place, PRUNED) == sha256_of_students(finished, PRUNED)

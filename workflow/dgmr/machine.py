@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import shutil
+import socket
 from glob import glob
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import psutil
 
 SNAKEMAKE = Path(".snakemake")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+RUN = "DGMR_RUN"
+"""Environment variable of the jobs: the working folder of the run that started them."""
+_SAVING_S = 120
 _alive: list[int] = []
 log = logging.getLogger(__name__)
 
@@ -32,27 +36,63 @@ def resources() -> dict[str, int]:
     return {"mem_mb": memory // 1_000_000, "gpu": len(gpus)}
 
 
-def release_lock_of_the_dead() -> None:
-    """Remove the lock on the working folder that a killed Snakemake left behind.
+def take_over_from_the_dead() -> None:
+    """Remove the lock that a killed Snakemake left in the working folder, and end the jobs it left.
 
     Snakemake's own lock is a file, which outlives a SIGKILL. So every run holds a lock of the kernel's
-    besides, which does not: where nobody holds it, no run is alive.
+    besides, which does not: where nobody holds it, no run is alive. Some file systems have such locks
+    for each machine apart, so the lock of another machine's run is left to the user.
     """
     SNAKEMAKE.mkdir(exist_ok=True)
     descriptor = os.open(SNAKEMAKE / "alive.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        locks = SNAKEMAKE / "locks"
-        if locks.is_dir() and any(locks.iterdir()):
-            log.warning(
-                "The run before this one was killed: its lock is removed, and the work goes on."
-            )
-            shutil.rmtree(locks)
+        _take_over(descriptor)
     except OSError:  # another run is alive, or the file system has no such locks
         pass
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits for another that is still at the above
     except OSError:
         os.close(descriptor)
         return
     _alive.append(descriptor)  # until this process ends, however it ends
+
+
+def _take_over(descriptor: int) -> None:
+    locks, here = SNAKEMAKE / "locks", socket.gethostname()
+    if locks.is_dir() and any(locks.iterdir()):
+        there = os.pread(descriptor, 256, 0).decode()
+        if there != here:
+            log.warning("A run on %s has not ended here, or was killed.", there or "some machine")
+            return
+        log.warning(
+            "The run before this one was killed: its lock is removed, and the work goes on."
+        )
+        shutil.rmtree(locks)
+    _end_orphans()
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, here.encode(), 0)
+
+
+def _end_orphans() -> None:
+    """End the jobs that a killed run left at work in this folder; training saves a checkpoint then.
+
+    Nobody waits for them, and with other params they would write into the rooms that this run makes.
+    """
+    here = os.getcwd()
+    orphans = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it has ended, or is another user's
+            if process.environ().get(RUN) == here and process.pid != os.getpid():
+                orphans.append(process)
+    if orphans:
+        log.warning("Jobs that it left at work are ended first.")
+    for process in orphans:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+            process.resume()  # after Ctrl-Z
+    _, stubborn = psutil.wait_procs(orphans, _SAVING_S)
+    for process in stubborn:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(stubborn, 10)

@@ -1,5 +1,6 @@
 """A progress bar with images/s and time left; a line now and then where the output is a file."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -57,11 +58,12 @@ def progress(
             printed = now
             left = (total - done) / max(rate(), 1e-9)
             filled = _LINE_BAR * done // max(total, 1)
-            print(
+            line = (
                 f"{what} [{'#' * filled}{'.' * (_LINE_BAR - filled)}] {done}/{total} {unit},"
-                f" {rate():.3g} {unit}/s, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
+                f" {rate():.3g} {unit}/s, {left:.0f} s left"
             )
+            # Ctrl-C ends a tee that reads this; the work has still to be saved.
+            with contextlib.suppress(BrokenPipeError):
+                print(line, file=sys.stderr, flush=True)
 
     yield advance_lines

@@ -24,7 +24,7 @@ from dgmr.params import validate
 try:
     PARAMS = validate(config, ", ".join(map(str, workflow.overwrite_configfiles)) or "params.yaml")
     if workflow.is_main_process and not workflow.dryrun:
-        machine.release_lock_of_the_dead()
+        machine.take_over_from_the_dead()
 except DgmrError as error:
     raise WorkflowError(str(error)) from None
 
@@ -34,6 +34,9 @@ os.environ.update(
     PATH=os.pathsep.join([os.path.dirname(sys.executable), os.getenv("PATH", "")]),
     PYTHONPATH=PACKAGES,
 )
+
+if workflow.is_main_process and workflow.local_exec:
+    os.environ[machine.RUN] = os.getcwd()
 
 # What this machine has bounds what runs on it at once; --resources says otherwise.
 if workflow.is_main_process and workflow.local_exec:
