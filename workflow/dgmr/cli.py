@@ -429,9 +429,6 @@ def export(
 def report(
     results: Annotated[Path, typer.Option(help="The run's results.")],
     config: Annotated[str, typer.Option(help="All params as JSON, or a params file.")],
-    points: Annotated[
-        list[Path] | None, typer.Argument(help="Results of a sweep's points, each with its report.")
-    ] = None,
     shared: Annotated[
         Path | None, typer.Option(help="Where teacher and data are, if not in the run's results.")
     ] = None,
@@ -441,7 +438,10 @@ def report(
 
     resolved = params.section(params.Params, config)
     stages = list(resolved.distill.stages)
-    report(results, stages, resolved.shaping(), results, shared or results, points or [])
+    runs = {results: resolved}
+    runs |= {results / "sweep" / name: point for name, point in resolved.points().items()}
+    swept = {folder: run.values(resolved.sweep) for folder, run in runs.items()}
+    report(results, stages, resolved.shaping(), results, shared or results, swept)
 
 
 @app.command()
