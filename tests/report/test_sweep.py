@@ -145,8 +145,8 @@ def test_point_without_metrics_is_told(results: Path) -> None:
 
 def test_values_of_others_are_escaped(results: Path) -> None:
     values, changes = POINTS["a"]
-    html = compared(results, {"a": (values | {METHOD: "<b>&"}, changes)})
-    assert "<b>" not in html and html.count("&lt;b&gt;&amp;") == 2  # the table, the legend
+    html = compared(results, {"a": (values | {METHOD: "<b>&$_$"}, changes)})
+    assert "<b>" not in html and html.count("&lt;b&gt;&amp;$_$") == 2  # the table, the legend
 
 
 def run(values: dict[str, Any], params: int, name: str | None = "p") -> dict[str, Any]:

@@ -44,6 +44,7 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.7,
     "svg.fonttype": "none",  # text stays text, in the page's font
     "text.color": INK,
+    "text.parse_math": False,  # what others named may have a $
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "ytick.left": False,

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,7 +135,8 @@ def chart(runs: Sequence[Row], accuracy: str) -> Markup:
         for (left, low), (right, high) in pairwise(zip(xs, ys, strict=True)):
             lines += [((left, low), (right, low)), ((right, low), (right, high))]
         taken = [Bbox(axes.transData.transform(line)).padded(1) for line in lines]
-        taken += [Bbox([place, place]).padded(6) for place in _places(axes, students)]
+        places = axes.transData.transform([(s.x, s.y) for s in students])
+        taken += [Bbox([place, place]).padded(6) for place in places]
         _label(axes, students, told_apart, taken)
 
     return charts.chart("sweep", f"{accuracy} of all runs against parameters", draw, _INCHES)
@@ -218,7 +219,3 @@ def _label(
                 taken.append(box)
                 break
             label.remove()
-
-
-def _places(axes: Axes, students: Iterable[_Student]) -> Any:
-    return axes.transData.transform([(s.x, s.y) for s in students])
