@@ -128,7 +128,7 @@ def headless(results: Path) -> None:
 
 def made(results: Path, params: dict[str, Any] = PARAMS) -> str:
     """The page's HTML."""
-    report(results, STAGES, params, results)
+    report(results, STAGES, params, results, results)
     return (results / "report.html").read_text(encoding="utf-8")
 
 
@@ -294,6 +294,7 @@ def test_page_stands_alone(results: Path) -> None:
 def test_charts_show_stages_and_models_in_the_page_s_colours(results: Path) -> None:
     charts = re.findall(r"<figure>.*?</figure>", made(results), flags=re.DOTALL)
     assert [chart.count("<svg ") for chart in charts] == [1, 1]
+    assert 'aria-label="Loss curves"' in charts[0]
     assert re.findall(r">(mlp|full)</text>", charts[0]) == ["mlp", "full"]
     assert all(f">{label}</text>" in charts[1] for label in ("teacher 90.5%", "full 89.3%"))
     assert "stroke: var(--accent)" in charts[0]
@@ -344,7 +345,7 @@ def test_without_refit_there_are_no_errors(results: Path) -> None:
 
 
 def test_same_results_give_the_same_page(results: Path) -> None:
-    found = read(results, STAGES)
+    found = read(results, STAGES, results)
     assert found.last_stage == "full"
     assert made(results) == made(results)
 

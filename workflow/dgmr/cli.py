@@ -53,7 +53,7 @@ Features = Annotated[Path, typer.Option(help="The features room, results/feature
 Downloads = Annotated[Path, typer.Option(help="Where Fashion-MNIST is kept if it is fetched.")]
 Orders = Annotated[Path, typer.Option(help="Folder of orders.")]
 Part = Annotated[int, typer.Option(help="Which share of the blocks, from 0.")]
-Results = Annotated[Path, typer.Option(help="results/")]
+Results = Annotated[Path, typer.Option(help="The run's results, results/ or a point of a sweep.")]
 Whole = Annotated[str, typer.Option(help="All params as JSON, or a params file.")]
 _RUNNING = params.Running.model_fields
 
@@ -471,9 +471,6 @@ def export(
 def report(
     results: Results,
     config: Whole,
-    points: Annotated[
-        list[Path] | None, typer.Argument(help="Results of a sweep's points, each with its report.")
-    ] = None,
     shared: Annotated[
         Path | None, typer.Option(help="Where teacher and data are, if not in the run's results.")
     ] = None,
@@ -483,7 +480,10 @@ def report(
 
     resolved = params.section(params.Params, config)
     stages = list(resolved.distill.stages)
-    report(results, stages, resolved.shaping(), results, shared or results, points or [])
+    runs = {results: resolved}
+    runs |= {results / "sweep" / name: point for name, point in resolved.points().items()}
+    swept = {folder: run.values(resolved.sweep) for folder, run in runs.items()}
+    report(results, stages, resolved.shaping(), results, shared or results, swept)
 
 
 @track_app.command("room")

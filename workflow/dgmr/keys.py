@@ -196,8 +196,8 @@ class Keys:
     @functools.cached_property
     def report(self) -> str:
         """``results/student``, the page and the flat metrics."""
-        sweep = [Keys(point).report for point in self.params.points().values()]
-        parts = self.evaluate, self.data, self.params.shaping(), sweep
+        points = {name: Keys(point).report for name, point in self.params.points().items()}
+        parts = self.evaluate, self.data, self.params.shaping(), self.params.sweep, points
         return step("report", "dgmr.report.page", *parts)
 
     def of_work(self) -> set[str]:

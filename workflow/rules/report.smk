@@ -42,12 +42,11 @@ rule report:
     conda:
         "../../envs/dgmr.yaml"
     params:
-        config=json.dumps(PARAMS.shaping()),
-        points=[f"results/sweep/{point}" for point in POINTS],
+        config=json.dumps(PARAMS.shaping() | {"sweep": PARAMS.sweep}),
     message:
         "Writing the report"
     shell:
-        "python -m dgmr report {params.points} --results results --config {params.config:q}"
+        "python -m dgmr report --results results --config {params.config:q}"
         " 2>&1 | tee {log}"
 
 
