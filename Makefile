@@ -11,7 +11,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-.PHONY: help install run test test-prune test-resume test-distributed lint ui demo-teacher schema lock bench-dag bench-distill bench-prune bench-methods bench-minilm
+.PHONY: help install run test test-prune test-resume test-distributed test-dvc lint ui demo-teacher schema lock bench-dag bench-distill bench-prune bench-methods bench-minilm
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -63,6 +63,9 @@ test-resume: install ## Training killed at random moments ends bit by bit as if 
 
 test-distributed: install ## Several processes train as one does.
 	$(BIN)/python -m pytest -m "slow or not slow" tests/distill/test_distributed.py
+
+test-dvc: install ## DVC and Snakemake agree, whatever is toggled, checked out, pulled or linked.
+	$(BIN)/python -m pytest -m "slow or not slow" tests/workflow/test_dvc.py
 
 schema: install ## Write workflow/schemas/params.schema.json from dgmr.params.
 	$(BIN)/dgmr schema > workflow/schemas/params.schema.json

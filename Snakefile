@@ -29,4 +29,4 @@ rule all:
     input:
         CHECKED_FIRST,
         rules.report.output,
-        TRACKED,
+        TRACKED.values(),

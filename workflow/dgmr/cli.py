@@ -444,6 +444,17 @@ def report(
     report(results, stages, resolved.shaping(), results, shared or results, points or [])
 
 
+@app.command(hidden=True)
+def tidy(
+    folder: Path,
+    kept: Annotated[list[Path] | None, typer.Argument(help="Folders in it that stay.")] = None,
+) -> None:
+    """Delete what else is in a folder of results."""
+    from dgmr.files import keep_only
+
+    keep_only(folder, kept or [])
+
+
 @app.command()
 def track(
     results: Annotated[Path, typer.Option(help="results/")],

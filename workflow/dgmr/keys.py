@@ -176,6 +176,11 @@ class Keys:
         how = config.model_dump(mode="json", exclude={"prune"})
         return step("distill_stage", "dgmr.distill.trainer", start, self._answers, how)
 
+    @functools.cached_property
+    def distilled(self) -> str:
+        """``results/distill``: these stages and no others."""
+        return key(command("distill"), [(name, self.distill(name)) for name in self.models[2:]])
+
     @property
     def models(self) -> list[str]:
         """Names of the models in the chain: teacher, pruned, and what each stage leaves."""
@@ -214,6 +219,12 @@ class Keys:
         sweep = [Keys(point).report for point in self.params.points().values()]
         parts = self.evaluate, self.data, self.params.shaping(), sweep
         return step("report", "dgmr.report.page", *parts)
+
+    @functools.cached_property
+    def sweep(self) -> str:
+        """``results/sweep``: these points and no others."""
+        points = [(name, Keys(point).report) for name, point in self.params.points().items()]
+        return key(command("sweep"), points)
 
     def room(self, name: str) -> str:
         """Key of a room as MLflow knows them: ``prune``, or ``distill/<stage>``."""
