@@ -1,5 +1,6 @@
 """Files that must say the same: environments, lock, rules, params, Makefile."""
 
+import os
 import re
 import subprocess
 
@@ -84,12 +85,14 @@ def test_every_section_of_params_has_a_rule_that_reads_it(repository):
 
 def test_every_room_of_dvc_is_a_target_and_has_its_params(rules, repository):
     pipeline = yaml.safe_load((repository / "dvc.yaml").read_text())
-    room, only = (value for variable in pipeline["vars"] for value in variable.values())
+    need, room, only = (value for variable in pipeline["vars"] for value in variable.values())
     to_work = only.split()[1:]
     sections = set(yaml.safe_load((repository / "params.yaml").read_text()))
     read, makers = set(), set()
     for name, stage in pipeline["stages"].items():
-        *_, command = [stage["cmd"]] if isinstance(stage["cmd"], str) else stage["cmd"]
+        first, *_, command = stage["cmd"] if isinstance(stage["cmd"], list) else ["", stage["cmd"]]
+        rooms = [name for name in stage["deps"] if name.startswith("results/")]
+        assert first.split() == (["${need}", *map(os.path.basename, rooms)] if rooms else []), name
         targets, _, allowed = command.removeprefix("${room} ").partition(" ${only} ")
         assert {targets, *allowed.split()} <= set(rules), name
         assert set(stage["params"]) <= sections, name
@@ -97,7 +100,8 @@ def test_every_room_of_dvc_is_a_target_and_has_its_params(rules, repository):
         makers |= set(allowed.split())
     assert read == sections
     # A room's command makes its own room; what is under work/ it may make as well.
-    assert (room, only.split()[0]) == ("snakemake --cores all check", "--allowed-rules")
+    assert need.endswith(" dgmr need") and only.split()[0] == "--allowed-rules"
+    assert room == "snakemake --cores all check"
     assert makers.isdisjoint(to_work)
     assert makers | {*to_work, "train_demo_teacher"} == set(rules)
     for name in to_work:

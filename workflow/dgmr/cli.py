@@ -445,6 +445,21 @@ def report(
 
 
 @app.command(hidden=True)
+def need(rooms: list[str]) -> None:
+    """End with an error unless these rooms under results/ are those of params.yaml."""
+    from dgmr.keys import Keys
+
+    keys = Keys(params.read(Path("params.yaml")))
+    for room in rooms:
+        for stamp in keys.stamps(room):
+            if not Path("results", stamp).exists():
+                raise DgmrError(
+                    f"results/{room} is not what params.yaml asks for ({stamp} is missing):"
+                    " dvc repro without --single-item makes it first."
+                )
+
+
+@app.command(hidden=True)
 def tidy(
     folder: Path,
     kept: Annotated[list[Path] | None, typer.Argument(help="Folders in it that stay.")] = None,

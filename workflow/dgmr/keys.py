@@ -232,6 +232,15 @@ class Keys:
         found: str = self.distill(stage) if stage else getattr(self, kind)
         return found
 
+    def stamps(self, room: str) -> list[str]:
+        """What is in ``results`` where all of a room of DVC's is this run's."""
+        if room == "distill":
+            return [f"distill/{stage}/{self.distill(stage)}.stamp" for stage in self.models[2:]]
+        if room == "sweep":
+            points = self.params.points().items()
+            return [f"sweep/{name}/student/{Keys(point).report}.stamp" for name, point in points]
+        return [f"{room}/{self.room(room)}.stamp"]
+
     def tracked(self, room: str) -> str:
         """``results/track/<room>/<key>.json``: that MLflow was told of a room of this run."""
         told = self.params.mlflow.model_dump(mode="json"), self.params.shaping()
