@@ -11,7 +11,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-.PHONY: help install run test test-rerun test-prune test-resume test-distributed test-enospc test-slurm test-mlflow test-kill lint ui demo-teacher schema lock bench-dag bench-distill bench-prune bench-methods bench-minilm
+.PHONY: help install run test test-rerun test-prune test-resume test-distributed test-enospc test-slurm test-mlflow test-kill test-dvc lint ui demo-teacher schema lock bench-dag bench-distill bench-prune bench-methods bench-minilm
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -78,6 +78,9 @@ test-slurm: install ## The chain through a Slurm of its own, and what Slurm does
 
 test-mlflow: install ## Tellers killed at random leave MLflow as the files say (15 minutes).
 	$(BIN)/python -m pytest -m "slow or not slow" tests/track
+
+test-dvc: install ## DVC and Snakemake agree, whatever is toggled, checked out, pulled or linked.
+	$(BIN)/python -m pytest -m "slow or not slow" tests/workflow/test_dvc.py
 
 schema: install ## Write workflow/schemas/params.schema.json from dgmr.params.
 	$(BIN)/dgmr schema > workflow/schemas/params.schema.json

@@ -30,4 +30,4 @@ rule all:
         CHECKED_FIRST,
         ROOMS,
         rules.report.output,
-        TRACKED,
+        TRACKED.values(),

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -322,3 +323,25 @@ def test_a_disk_that_fails_is_told_with_the_file(tmp_path, monkeypatch):
 def test_other_errors_stay_what_they_are(tmp_path):
     with pytest.raises(PermissionError), files.replaced(tmp_path / "target"):
         raise PermissionError(errno.EACCES, "mine")
+
+
+def test_a_linked_file_stays_protected(tmp_path):
+    """DVC's cache may have the same file, and protects it."""
+    source = tmp_path / "source"
+    source.write_text(NEW)
+    source.chmod(0o400)
+    with files.replaced_folder(tmp_path / "room") as partial:
+        files.link_or_copy(source, partial / "linked")
+    assert stat.S_IMODE(source.stat().st_mode) & 0o777 == 0o444
+
+
+def test_only_what_is_kept_stays(tmp_path):
+    for name in ("a/x", "a/old/x", "b/c/x", "b/x", "old/deep/x", "old.stamp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(NEW)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    files.keep_only(tmp_path, [tmp_path / "a", tmp_path / "b/c"])
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"a/x", "a/old/x", "b/c/x"}
+    files.keep_only(tmp_path, [])
+    assert not list(tmp_path.iterdir())

@@ -486,6 +486,32 @@ def report(
     report(results, stages, resolved.shaping(), results, shared or results, swept)
 
 
+@app.command(hidden=True)
+def need(rooms: list[str]) -> None:
+    """End with an error unless these rooms under results/ are those of params.yaml."""
+    from dgmr.keys import Keys
+
+    keys = Keys(params.read(Path("params.yaml")))
+    for room in rooms:
+        for stamp in keys.stamps(room):
+            if not Path("results", stamp).exists():
+                raise DgmrError(
+                    f"results/{room} is not what params.yaml asks for ({stamp} is missing):"
+                    " dvc repro without --single-item makes it first."
+                )
+
+
+@app.command(hidden=True)
+def tidy(
+    folder: Path,
+    kept: Annotated[list[Path] | None, typer.Argument(help="Folders in it that stay.")] = None,
+) -> None:
+    """Delete what else is in a folder of results."""
+    from dgmr.files import keep_only
+
+    keep_only(folder, kept or [])
+
+
 @track_app.command("room")
 def track_room(
     room: Annotated[str, typer.Argument(help="teacher, data, ..., distill/<stage>, report.")],

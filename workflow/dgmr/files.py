@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -142,6 +142,18 @@ def alone(
         nap_s = min(2 * nap_s, _LONGEST_NAP_S)
 
 
+def keep_only(folder: Path, kept: Iterable[Path]) -> None:
+    """Delete all in ``folder`` that is not one of the folders ``kept``, nor leads to one or is in it."""
+    kept = list(kept)
+    for path in sorted(folder.glob("**/*"), reverse=True):
+        if any(path.is_relative_to(one) or one.is_relative_to(path) for one in kept):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            path.unlink()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     with replaced(path) as partial:
@@ -212,12 +224,13 @@ def _disk_told(path: Path, *also: int) -> Iterator[None]:
 def _flush(path: Path) -> None:
     """Bring a file or folder to the disk, readable as any new file of this user is.
 
-    Some libraries write theirs for the owner alone.
+    Some libraries write theirs for the owner alone. Whether it can be written to is left alone: a linked
+    file may be in DVC's cache too, which protects its files.
     """
     if path.is_file():
         umask = os.umask(0)
         os.umask(umask)
-        path.chmod(0o666 & ~umask)
+        path.chmod(path.stat().st_mode | 0o444 & ~umask)
     with _disk_told(path, errno.EIO):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -161,6 +161,11 @@ class Keys:
         how = config.model_dump(mode="json", exclude={"prune"})
         return step("distill_stage", "dgmr.distill.trainer", start, self._answers, how)
 
+    @functools.cached_property
+    def distilled(self) -> str:
+        """``results/distill``: these stages and no others."""
+        return key(command("distill"), [(name, self.distill(name)) for name in self.models[2:]])
+
     @property
     def models(self) -> list[str]:
         """Names of the models in the chain: teacher, pruned, and what each stage leaves."""
@@ -220,11 +225,26 @@ class Keys:
             *(self.evaluation(model) for model in self.models),
         }
 
+    @functools.cached_property
+    def sweep(self) -> str:
+        """``results/sweep``: these points and no others."""
+        points = [(name, Keys(point).report) for name, point in self.params.points().items()]
+        return key(command("sweep"), points)
+
     def room(self, name: str) -> str:
         """Key of a room as MLflow knows them: ``prune``, or ``distill/<stage>``."""
         kind, _, stage = name.partition("/")
         found: str = self.distill(stage) if stage else getattr(self, kind)
         return found
+
+    def stamps(self, room: str) -> list[str]:
+        """What is in ``results`` where all of a room of DVC's is this run's."""
+        if room == "distill":
+            return [f"distill/{stage}/{self.distill(stage)}.stamp" for stage in self.models[2:]]
+        if room == "sweep":
+            points = self.params.points().items()
+            return [f"sweep/{name}/student/{Keys(point).report}.stamp" for name, point in points]
+        return [f"{room}/{self.room(room)}.stamp"]
 
     def tracked(self, room: str) -> str:
         """``results/track/<room>/<key>.json``: that MLflow was told of a room of this run."""

@@ -21,6 +21,16 @@ def start_of(wildcards):
     return ancient(stamp(folder, KEYS[wildcards.results].prune_again(wildcards.stage)))
 
 
+def rooms_of_stages(results):
+    """The stamps of a run's stages, and of what they prune before they begin."""
+    keys = KEYS[results]
+    again = [name for name, stage in keys.params.distill.stages.items() if stage.prune is not None]
+    return [
+        *(model_stamp(results, stage) for stage in STAGES),
+        *(stamp(f"{results}/distill/pruned/{name}", keys.prune_again(name)) for name in again),
+    ]
+
+
 localrules:
     distill,
 
@@ -115,4 +125,17 @@ rule distill_stage:
 
 rule distill:
     input:
-        [model_stamp("results", stage) for stage in STAGES],
+        ancient(rooms_of_stages("results")),
+    output:
+        touch(stamp("results/distill", MAIN.distilled)),
+    log:
+        "logs/distill.log",
+    conda:
+        "../../envs/dgmr.yaml"
+    params:
+        folder=folder_of("output"),
+        kept=lambda wildcards, input: [os.path.dirname(stage) for stage in input],
+    message:
+        "Leaving nothing but these stages in {params.folder}"
+    shell:
+        "python -m dgmr tidy {params.folder} {params.kept} 2>&1 | tee {log}"
