@@ -131,12 +131,7 @@ def workstation(new_place):
 def test_a_chain_that_suffers_ends_as_on_a_workstation(slurm, workstation, new_place, tmp_path):
     """Out of memory, out of time, cancelled, put back into the queue; then it may end."""
     place = new_place(**SMALL)
-    options = site(
-        tmp_path / "site",
-        mem_mb="300 if attempt == 1 else 8000",
-        runtime="1 if attempt == 2 else 720",
-        slurm_extra="'' if attempt == 2 else '--signal=TERM@180'",
-    )
+    options = site(tmp_path / "site", mem_mb="300 if attempt == 1 else 8000")
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(place.run, *options, cores=None, **slurm.environment)
         stage = Stage(slurm, place, run)
@@ -149,6 +144,7 @@ def test_a_chain_that_suffers_ends_as_on_a_workstation(slurm, workstation, new_p
         stage.goes_on()
         for process in stage.processes():
             os.kill(process, signal.SIGSTOP)  # until the time is over: Slurm sends SIGCONT first
+        slurm.said("scontrol", "update", f"JobId={late}", "TimeLimit=1")
         assert stage.ended(late) == "TIMEOUT"
 
         cancelled = stage.next_job()

@@ -142,9 +142,10 @@ SITES = {
     "2": ({"gpu": 2}, 16, "-t 720 --mem 16000 --nodes=1 --requeue --cpus-per-task=16 {} --gpus=2"),
     "8": ({"gpu": 8}, 64, "-t 720 --mem 16000 --nodes=1 --requeue --cpus-per-task=64 {} --gpus=8"),
     "2x8": (
-        {"gpu": 16, "nodes": 2, "mpi": "srun", "tasks": 2, "tasks_per_gpu": 0, "mem_mb": 200000},
+        {"gpu": 16, "gres": "gpu:8", "nodes": 2, "mpi": "srun", "tasks": 2, "tasks_per_gpu": 0},
         64,
-        "-t 720 --mem 200000 --nodes=2 --requeue --ntasks=2 --cpus-per-task=64 {} --gpus=16",
+        "-t 720 --mem 16000 --nodes=2 --requeue --ntasks=2 --cpus-per-task=64 {} --gres=gpu:8"
+        " --gpus=16",
     ),
     "own": (
         {"slurm_account": "ours", "slurm_partition": "gpu", "constraint": "a100", "runtime": 60},
