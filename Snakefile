@@ -13,6 +13,7 @@ if not workflow.overwrite_configfiles:
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/inputs.smk"
 include: "workflow/rules/check.smk"
 include: "workflow/rules/teacher.smk"
 include: "workflow/rules/data.smk"

@@ -3,34 +3,6 @@
 DISTILL = PARAMS.distill
 
 
-def stage_of(wildcards):
-    return KEYS[wildcards.results].params.distill.stages[wildcards.stage]
-
-
-def parent_of(wildcards):
-    """The model that a stage comes after."""
-    parent = KEYS[wildcards.results].parent(wildcards.stage)
-    return ancient(model_stamp(wildcards.results, parent))
-
-
-def start_of(wildcards):
-    """The model that a stage trains: its parent, or that after the stage's own pruning."""
-    if stage_of(wildcards).prune is None:
-        return parent_of(wildcards)
-    folder = f"{wildcards.results}/distill/pruned/{wildcards.stage}"
-    return ancient(stamp(folder, KEYS[wildcards.results].prune_again(wildcards.stage)))
-
-
-def rooms_of_stages(results):
-    """The stamps of a run's stages, and of what they prune before they begin."""
-    keys = KEYS[results]
-    again = [name for name, stage in keys.params.distill.stages.items() if stage.prune is not None]
-    return [
-        *(model_stamp(results, stage) for stage in STAGES),
-        *(stamp(f"{results}/distill/pruned/{name}", keys.prune_again(name)) for name in again),
-    ]
-
-
 localrules:
     distill,
 

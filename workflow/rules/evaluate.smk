@@ -1,15 +1,5 @@
 # Evaluate: accuracy, agreement with the teacher, size and speed of every model in the chain.
 
-
-def made_last(models):
-    """The runs and their keys, those that have all of ``models`` at the end."""
-
-    def is_made(run):
-        return all(os.path.exists(model_stamp(run[0], model)) for model in models)
-
-    return sorted(KEYS.items(), key=is_made)
-
-
 # By the key of a score: the run and the model it is of. Of the runs that share it one that is made, lest
 # the points of a sweep wait for the main run's rooms, or it for theirs.
 SCORES = {
@@ -18,16 +8,6 @@ SCORES = {
     for results, keys in made_last([model])
 }
 SPEEDS = {keys.speed: results for results, keys in made_last(MAIN.models)}
-
-
-def scores_of(results):
-    """The files of a run's scores by model."""
-    keys = KEYS[results]
-    return {model: f"work/evaluate/accuracy/{keys.evaluation(model)}.json" for model in keys.models}
-
-
-def named_models(results):
-    return [f"{name}={folder_of_model(results, name)}" for name in KEYS[results].models]
 
 
 localrules:

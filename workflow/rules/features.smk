@@ -6,11 +6,6 @@ CALIBRATION_CONFIG = PARAMS.features.model_dump_json(include={"calibration", "ba
 CACHED = PARAMS.features.cache == "disk"
 
 
-def all_targets(_wildcards):
-    """Of all jobs. As a function, for Snakemake takes n^2 steps with a list of n files."""
-    return ancient([f"{TARGETS}/{job}" for job in JOBS] if CACHED else [])
-
-
 localrules:
     features,
 

@@ -2,65 +2,9 @@
 #
 # Runs of a sweep share what they can: orders and refits stand in work/ by their keys.
 
-from dgmr.params import Ordering
-
 SCORED = keys_by("saliency")
 ORDERED = keys_by("orders")
 REFITTED = keys_by("refits")
-
-
-def orders_of(keys):
-    """The files of the orders, one a job."""
-    parts = keys.params.prune.parts
-    return [f"work/prune/{keys.orders}/orders/part-{p}-of-{parts}.json" for p in range(parts)]
-
-
-def refits_of(keys):
-    """The files of the refits: one a job, where each looks at its own blocks; none without."""
-    prune = keys.params.prune
-    if prune.compensate == "none":
-        return []
-    # Sequential refits follow one another, in one job that runs the whole model.
-    parts = 1 if prune.sequential else prune.parts
-    return [f"work/prune/{keys.refits}/refits/part-{p}-of-{parts}.json" for p in range(parts)]
-
-
-def needed_for_orders(wildcards):
-    """What the method looks at besides the weights."""
-    keys = ORDERED[wildcards.key]
-    prune = keys.params.prune
-    calibration = [rules.features.output[0], CALIBRATION] if prune.needs_calibration else []
-    saliency = [f"work/prune/{keys.saliency}/saliency"] if prune.method == "taylor" else []
-    return ancient(calibration + saliency)
-
-
-def options_of_orders(wildcards):
-    keys = ORDERED[wildcards.key]
-    prune = keys.params.prune
-    return [
-        option("--features", "results/features" if prune.needs_calibration else None),
-        option(
-            "--saliency",
-            f"work/prune/{keys.saliency}/saliency" if prune.method == "taylor" else None,
-        ),
-    ]
-
-
-def is_sequential(wildcards):
-    return REFITTED[wildcards.key].params.prune.sequential
-
-
-def ordering(wildcards):
-    """The section as the orders read it."""
-    prune = ORDERED[wildcards.key].params.prune
-    asked = prune.model_copy(update={"parts": int(wildcards.parts)})
-    return asked.model_dump_json(include=set(Ordering.model_fields))
-
-
-def refitting(keys, parts):
-    """The section as the refits read it."""
-    prune = keys.params.prune.model_copy(update={"parts": parts})
-    return prune.model_dump_json(exclude={"method", "seed", "tokens"})
 
 
 localrules:

@@ -1,26 +1,12 @@
 # Report: one page, flat metrics for machines, and the student to take home.
 
 
-def rooms_of(results):
-    """The rooms that the report of a run is about."""
-    keys = KEYS[results]
-    return [
-        stamp("results/data", MAIN.data),
-        *(model_stamp(results, model) for model in keys.models),
-        stamp(f"{results}/evaluate", keys.evaluate),
-    ]
-
-
 # Each is asked for by itself: Snakemake makes nothing that only a room which is there was made from.
 ROOMS = [
     rules.evaluation_data.output,
     rules.features.output,
     *(room for results in KEYS for room in rooms_of(results)),
 ]
-
-
-def report_of(results):
-    return stamp(f"{results}/student", KEYS[results].report)
 
 
 localrules:
@@ -46,8 +32,7 @@ rule report:
     message:
         "Writing the report"
     shell:
-        "python -m dgmr report --results results --config {params.config:q}"
-        " 2>&1 | tee {log}"
+        "python -m dgmr report --results results --config {params.config:q}" " 2>&1 | tee {log}"
 
 
 # The same of a point of the sweep, which shares the rooms before the pruning with all others.

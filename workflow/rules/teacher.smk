@@ -1,14 +1,6 @@
 # Teacher: whatever timm can load becomes a model artefact.
 
 
-def local_teacher_files():
-    """Files that a local teacher is read from; none where one is missing, for the check names it."""
-    try:
-        return [str(path) for path in teacher_files(PARAMS.teacher)]
-    except DgmrError:
-        return []
-
-
 localrules:
     teacher,
 

@@ -5,19 +5,6 @@ MADE_ONCE = {
     "data": rules.data.output,
     "features": rules.features.output,
 }
-
-
-def stamps_to_track(results):
-    """The stamps of a run's rooms, by the names that MLflow knows them by."""
-    return {
-        **(MADE_ONCE if results == "results" else {}),
-        "prune": model_stamp(results, "pruned"),
-        **{f"distill/{stage}": model_stamp(results, stage) for stage in STAGES},
-        "evaluate": stamp(f"{results}/evaluate", KEYS[results].evaluate),
-        "report": report_of(results),
-    }
-
-
 TRACKED = {
     results: [
         f"{results}/track/{room}/{keys.tracked(room)}.json"
