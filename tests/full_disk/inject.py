@@ -24,7 +24,7 @@ from full_disk.steps import GOES_ON, STEPS, Rooms
 
 TIMES = {"seconds", "images_per_s"}
 """Keys of JSON files under which is how long something took."""
-SCRAPS = (".partial", ".discarded", ".lock", ".tmp")
+SCRAPS = (".partial", ".discarded", ".lock", ".scratch")
 FULL, ONCE, BROKEN = "full", "once", "broken"
 """The disk has no room from then on; for that one change; or it has a fault."""
 NUMBER = {FULL: errno.ENOSPC, ONCE: errno.ENOSPC, BROKEN: errno.EIO}

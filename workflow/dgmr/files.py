@@ -24,6 +24,7 @@ NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Error numbers of a full disk."""
 _TEMPORARY = ".partial"
 _DISCARDED = ".discarded"
+_SCRATCH = ".scratch"
 _LOCK = ".lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EINVAL}
 _LONGEST_NAP_S = 1.0
@@ -41,7 +42,7 @@ def replaced(path: Path) -> Iterator[Path]:
         DgmrError: the disk is full; ``path`` is left as it was.
     """
     partial = path.with_name(path.name + _TEMPORARY)
-    with _disk_told(path), alone(path):
+    with alone(path):
         try:
             yield partial
             _flush(partial)
@@ -60,7 +61,7 @@ def replaced_files(folder: Path, last: str) -> Iterator[Path]:
     kill between two renames can leave it absent, never beside others than its own.
     """
     partial, discarded = (folder / (last + suffix) for suffix in (_TEMPORARY, _DISCARDED))
-    with _disk_told(folder / last), alone(folder / last):
+    with alone(folder / last):
         try:
             for leftover in (partial, discarded):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -96,6 +97,23 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """Give an empty folder on the disk of ``path``, which is gone after the block; its name is fixed, too.
+
+    Raises:
+        DgmrError: the disk is full.
+    """
+    folder = path.with_name(path.name + _SCRATCH)
+    with alone(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def alone(
     path: Path, limit_s: float = math.inf, waiting: Callable[[], object] = lambda: None
 ) -> Iterator[None]:
@@ -111,35 +129,36 @@ def alone(
         waiting: called now and then while waiting.
 
     Raises:
-        DgmrError: another held it to the limit.
+        DgmrError: another held it to the limit, or the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(path.name + _LOCK)
     until, nap_s, is_told = time.monotonic() + limit_s, 0.01, False
-    while True:
-        with lock.open("a+b", buffering=0) as file:
-            if _locked(file, lock):
-                try:
-                    file.truncate(0)
-                    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-                    yield
-                finally:
-                    # Before the lock ends: who has waited for this file sees that it is none any more.
-                    lock.unlink(missing_ok=True)
-                return
-            file.seek(0)
-            holder = file.read().decode() or "another process"
-        if time.monotonic() >= until:
-            raise DgmrError(
-                f"{path} is still being written by {holder}, after {limit_s / 60:g} minutes of waiting:"
-                " wait until that has ended, or end it, and run snakemake again."
-            )
-        if not is_told:
-            log.info("%s is being written by %s: waiting until that has ended.", path, holder)
-            is_told = True
-        waiting()
-        time.sleep(nap_s)
-        nap_s = min(2 * nap_s, _LONGEST_NAP_S)
+    with _disk_told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            with lock.open("a+b", buffering=0) as file:
+                if _locked(file, lock):
+                    try:
+                        file.truncate(0)
+                        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+                        yield
+                    finally:
+                        # Before the lock ends: who has waited for this file sees that it is none any more.
+                        lock.unlink(missing_ok=True)
+                    return
+                file.seek(0)
+                holder = file.read().decode() or "another process"
+            if time.monotonic() >= until:
+                raise DgmrError(
+                    f"{path} is still being written by {holder}, after {limit_s / 60:g} minutes of waiting:"
+                    " wait until that has ended, or end it, and run snakemake again."
+                )
+            if not is_told:
+                log.info("%s is being written by %s: waiting until that has ended.", path, holder)
+                is_told = True
+            waiting()
+            time.sleep(nap_s)
+            nap_s = min(2 * nap_s, _LONGEST_NAP_S)
 
 
 def keep_only(folder: Path, kept: Iterable[Path]) -> None:

@@ -1,6 +1,5 @@
 """Pruning on: a model that was pruned and distilled before loses more hidden units."""
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from dgmr import artefact
+from dgmr.files import scratch_beside
 from dgmr.mlps import mlps
 from dgmr.params import Features, Prune, StagePrune
 from dgmr.prune import orders as block_orders
@@ -47,14 +47,13 @@ def prune_again(
             is_dense = found[name].hidden_features == dense[name].hidden_features
             kept[name] = order_of[name].indices[:width] if is_dense else torch.arange(width)
     provenance = {"stage": "prune again", "compensate": config.compensate}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+    with scratch_beside(output) as scratch:
         about: dict[str, Any] = {}
         refits: Mapping[str, Refit] = {}
         if config.compensate == "least_squares":
             plan = Plan(artefact.provenance(parent)["sha256"], found, kept, config)
-            about = sequential(plan, parent, data, features, Path(scratch))
-            refits = Refits(Path(scratch), list(kept))
+            about = sequential(plan, parent, data, features, scratch)
+            refits = Refits(scratch, list(kept))
         blocks = {
             name: {"hidden_features": mlp.hidden_features, "kept": widths[name]}
             | about.get(name, {})
