@@ -78,6 +78,7 @@ class History:
         self.last = ""
         """How the last run ended."""
         self._done: dict[Path, int] = {}
+        self._wiped = 0
         self._was_locked = False
 
     def run(self, is_killed: bool = False) -> bool:
@@ -129,7 +130,7 @@ class History:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         if self.random.random() < 0.3:  # and with it the list of incomplete files
             shutil.rmtree(self.folder / ".snakemake")
-        self._done = {}
+        self._done, self._wiped = {}, time.time_ns()
 
     def leftovers(self) -> list[Path]:
         """What writers leave only when they are killed."""
@@ -189,7 +190,8 @@ class History:
         if "Building DAG" in self.said:
             assert ("its lock is removed" in self.said) == self._was_locked, self.said
         self._was_locked = any((self.folder / ".snakemake/locks").glob("*"))
-        self._done = now
+        # Where a room was taken away, Snakemake makes its readers too, though they are there.
+        self._done = {stamp: when for stamp, when in now.items() if when > self._wiped}
 
 
 def _at_random(history: History) -> Callable[[], bool]:
