@@ -11,7 +11,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-.PHONY: help install run test test-prune test-resume test-kill test-distributed lint ui demo-teacher schema lock bench-dag bench-distill bench-prune bench-methods bench-minilm
+.PHONY: help install run test test-rerun test-prune test-resume test-distributed test-enospc test-slurm test-mlflow test-kill test-dvc lint ui demo-teacher schema lock bench-dag bench-distill bench-prune bench-methods bench-minilm
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -66,6 +66,21 @@ test-kill: install ## The whole chain killed a hundred times ends at the same fi
 
 test-distributed: install ## Several processes train as one does.
 	$(BIN)/python -m pytest -m "slow or not slow" tests/distill/test_distributed.py
+
+test-rerun: install ## What every change reruns: exactly what depends on it.
+	$(BIN)/python -m pytest tests/workflow/test_rerun.py tests/test_keys.py
+
+test-enospc: install ## Every step of the package on a full disk, write by write (15 minutes).
+	$(BIN)/python -m pytest -s -m "slow or not slow" tests/full_disk
+
+test-slurm: install ## The chain through a Slurm of its own, and what Slurm does to jobs (root; apt: slurm-wlm munge).
+	$(BIN)/python -m pytest -m "slow or not slow" tests/cluster
+
+test-mlflow: install ## Tellers killed at random leave MLflow as the files say (15 minutes).
+	$(BIN)/python -m pytest -m "slow or not slow" tests/track
+
+test-dvc: install ## DVC and Snakemake agree, whatever is toggled, checked out, pulled or linked.
+	$(BIN)/python -m pytest -m "slow or not slow" tests/workflow/test_dvc.py
 
 schema: install ## Write workflow/schemas/params.schema.json from dgmr.params.
 	$(BIN)/dgmr schema > workflow/schemas/params.schema.json

@@ -28,5 +28,6 @@ rule all:
     default_target: True
     input:
         CHECKED_FIRST,
+        ROOMS,
         rules.report.output,
-        TRACKED,
+        TRACKED.values(),

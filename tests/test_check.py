@@ -339,6 +339,20 @@ def test_a_stage_may_prune_some_blocks_alone(tmp_path, vit):
     assert "blocks.1.mlp would keep 33 hidden units" in refused(tmp_path, vit, stages=stages(1.04))
 
 
+# A sweep
+
+
+def test_every_point_of_a_sweep_is_checked(tmp_path, vit):
+    assert run(tmp_path, vit, sweep={"prune.ratio": [2, 0.5]})
+    assert refused(
+        tmp_path, vit, sweep={"prune.ratio": [2, 0.03], "prune.seed": [0, 1]}
+    ).startswith("sweep, point ratio-0.03_seed-0: prune: blocks.0.mlp would keep 0 hidden units")
+    trains = {"distill.stages.only.train": ["mlp", {"blocks": [1, 2]}]}
+    assert refused(tmp_path, vit, sweep=trains).startswith(
+        "sweep, point only.train-blocks-1-2: distill.stages.only.train: "
+    )
+
+
 # The disk
 
 

@@ -3,12 +3,14 @@
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from dgmr import files
+from dgmr.errors import DgmrError
 
 PACKAGES = Path(__file__).parents[1] / "workflow"
 OLD, NEW = "old" * 40_000, "new" * 50_000
@@ -103,7 +105,7 @@ def test_bytes_are_flushed_before_the_rename(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(Path, "replace", recorder(replace))
     monkeypatch.setattr(Path, "rename", recorder(rename))
     WRITE[kind](tmp_path / "target")
-    written = {"target.partial"} | ({"a", "b", "inner", "c"} if kind == "folder" else set())
+    written = {"target", "a", "b", "inner", "c"} if kind == "folder" else {"target.partial"}
     middle = events.index("rename")
     assert set(events[:middle]) == written
     assert events[middle:] == ["rename", tmp_path.name]
@@ -115,6 +117,7 @@ import os, signal, sys
 sys.path.insert(0, {str(PACKAGES)!r})
 from pathlib import Path
 from dgmr import files
+from dgmr.errors import DgmrError
 
 kind, target, dies_at = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 text = "new" * {len(NEW) // 3}
@@ -170,7 +173,7 @@ def test_killed_in_the_middle_of_writing(tmp_path, kind, before):
         process.kill()
         assert process.wait(timeout=60) == -signal.SIGKILL
     # It did die in the middle: half of it lies there, under another name.
-    half = tmp_path / "target.partial" / ("b" if kind == "folder" else "")
+    half = tmp_path / "target.partial" / ("target/b" if kind == "folder" else "")
     assert half.read_text() == NEW[: len(NEW) // 2]
     assert content(target) == (whole(kind, before) if before else None)
 
@@ -230,10 +233,9 @@ def test_sha256_is_the_official_one(tmp_path):
 def test_link_gives_a_second_name(tmp_path):
     source, target = tmp_path / "source", tmp_path / "deep" / "target"
     source.write_text(NEW)
-    for _ in range(2):  # the second time over its own link
-        files.link_or_copy(source, target)
-        assert target.samefile(source)
-        assert [path.name for path in target.parent.iterdir()] == ["target"]
+    target.parent.mkdir()
+    files.link_or_copy(source, target)
+    assert target.samefile(source)
 
 
 def test_copy_where_there_are_no_links(tmp_path, monkeypatch):
@@ -245,3 +247,101 @@ def test_copy_where_there_are_no_links(tmp_path, monkeypatch):
     files.link_or_copy(tmp_path / "source", tmp_path / "target")
     assert not (tmp_path / "target").samefile(tmp_path / "source")
     assert (tmp_path / "target").read_text() == NEW
+
+
+def write_room(folder, text):
+    """Two files, a folder and the one that vouches for them."""
+    with files.replaced_files(folder, "last") as partial:
+        (partial / "inner").mkdir()
+        for name in ("a", "b", "inner/c", "last"):
+            (partial / name).write_text(text)
+
+
+ROOM = ("a", "b", "inner/c", "last")
+
+
+def test_files_that_belong_together_leave_the_others_alone(tmp_path):
+    room = tmp_path / "room"
+    room.mkdir()
+    for name in ("other", "z"):
+        (room / name).write_text("other")
+    for text in (OLD, NEW):
+        write_room(room, text)
+        others = {"other": "other", "z": "other"}
+        assert content(room) == dict.fromkeys(ROOM, text) | others
+
+
+def test_what_vouches_goes_first_and_comes_last(tmp_path, monkeypatch):
+    write_room(tmp_path, OLD)
+    moved, rename = [], Path.rename
+
+    def recorded(self, target):
+        moved.append(str(target.relative_to(tmp_path)))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", recorded)
+    write_room(tmp_path, NEW)
+    gone = [f"last.discarded/{name}" for name in ("last", "a", "b", "inner")]
+    assert moved == [*gone, "a", "b", "inner", "last"]
+
+
+@pytest.mark.parametrize("before", [None, OLD], ids=["absent", "old"])
+def test_a_rename_that_fails_takes_the_others_back(tmp_path, monkeypatch, before):
+    count = 8 if before else 4
+    rename = Path.rename
+    for fails_at in range(1, count + 1):
+        room = tmp_path / str(fails_at)
+        if before:
+            write_room(room, before)
+        left = [fails_at]
+
+        def failing(self, target, left=left):
+            left[0] -= 1
+            if left[0] == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return rename(self, target)
+
+        with monkeypatch.context() as patched, pytest.raises(DgmrError):
+            patched.setattr(Path, "rename", failing)
+            write_room(room, NEW)
+        assert content(room) == (dict.fromkeys(ROOM, before) if before else {})
+    write_room(tmp_path / "done", NEW)
+
+
+def test_a_disk_that_fails_is_told_with_the_file(tmp_path, monkeypatch):
+    for number, words in ((errno.ENOSPC, "No space left on device"), (errno.EIO, "Input/output")):
+
+        def fail(_descriptor, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(DgmrError, match=f"target.* cannot be written .{words}.*make room on"):
+            write_folder(tmp_path / "target")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(PermissionError), files.replaced(tmp_path / "target"):
+        raise PermissionError(errno.EACCES, "mine")
+
+
+def test_a_linked_file_stays_protected(tmp_path):
+    """DVC's cache may have the same file, and protects it."""
+    source = tmp_path / "source"
+    source.write_text(NEW)
+    source.chmod(0o400)
+    with files.replaced_folder(tmp_path / "room") as partial:
+        files.link_or_copy(source, partial / "linked")
+    assert stat.S_IMODE(source.stat().st_mode) & 0o777 == 0o444
+
+
+def test_only_what_is_kept_stays(tmp_path):
+    for name in ("a/x", "a/old/x", "b/c/x", "b/x", "old/deep/x", "old.stamp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(NEW)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    files.keep_only(tmp_path, [tmp_path / "a", tmp_path / "b/c"])
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"a/x", "a/old/x", "b/c/x"}
+    files.keep_only(tmp_path, [])
+    assert not list(tmp_path.iterdir())

@@ -2,12 +2,14 @@
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 import re
 import subprocess
 import sys
 import typing
+from datetime import date
 from pathlib import Path
 
 import jsonschema
@@ -516,6 +518,147 @@ def test_a_stage_prunes_within_the_orders():
     )
     values["prune"]["max_ratio"] = 2.5
     assert params.validate(values)
+
+
+# A sweep: values to try
+
+RATIOS, METHODS = [2, 1, 0.5], ["gram_schmidt", "magnitude"]
+
+
+def swept(**values):
+    """The default file with a sweep; ``__`` stands for a dot."""
+    return DEFAULT | {"sweep": {name.replace("__", "."): v for name, v in values.items()}}
+
+
+def test_points_are_the_combinations_in_order_by_names_that_tell_them():
+    points = params.validate(swept(prune__ratio=RATIOS, prune__method=METHODS)).points()
+    assert list(points) == [
+        f"ratio-{ratio}_method-{method}"
+        for ratio in RATIOS
+        for method in ("gram-schmidt", "magnitude")
+    ]
+    whole = params.validate(DEFAULT)
+    for point, (ratio, method) in zip(
+        points.values(), itertools.product(RATIOS, METHODS), strict=True
+    ):
+        assert point == params.validate(
+            DEFAULT | {"prune": DEFAULT["prune"] | {"ratio": ratio, "method": method}}
+        )
+        assert point.mlflow == whole.mlflow and not point.sweep
+    assert whole.points() == {}
+
+
+def test_values_of_a_stage_may_be_lists_mappings_and_null():
+    values = swept(
+        distill__stages__all__train=["all", {"blocks": [1, 3]}],
+        distill__stages__all__ema=[None, 0.99],
+        distill__stages__all__loss__pooled=[0.5],
+    )
+    points = params.validate(values).points()
+    assert list(points) == [
+        "all.train-all_all.ema-null_all.loss.pooled-0.5",
+        "all.train-all_all.ema-0.99_all.loss.pooled-0.5",
+        "all.train-blocks-1-3_all.ema-null_all.loss.pooled-0.5",
+        "all.train-blocks-1-3_all.ema-0.99_all.loss.pooled-0.5",
+    ]
+    stage = list(points.values())[-1].distill.stages["all"]
+    assert stage.train.blocks == (1, 3) and stage.ema == 0.99
+    assert stage.loss == params.LossWeights(pooled=0.5)
+    keys = ["distill.stages.all.train", "distill.stages.all.loss.pooled", "prune.ratio"]
+    assert list(points.values())[-1].values(keys) == {
+        keys[0]: {"blocks": [1, 3]},
+        keys[1]: 0.5,
+        keys[2]: 1.0,
+    }
+
+
+def test_a_key_within_a_value_that_is_swept_too_leaves_the_value_as_it_is():
+    loss = {"pooled": 3.0}
+    values = swept(distill__stages__all__loss=[loss], distill__stages__all__loss__pooled=[1, 2])
+    for _ in range(2):
+        points = params.validate(values).points()
+        assert [p.distill.stages["all"].loss.pooled for p in points.values()] == [1, 2]
+    assert loss == {"pooled": 3.0}
+
+
+def test_width_may_be_given_in_other_ways():
+    widths = [{"blocks.0.mlp": 48}, {f"blocks.{i}.mlp": 96 for i in range(30)}]
+    widths.append(widths[1] | {"blocks.29.mlp": 48})
+    found = params.validate(swept(prune__ratio=[None], prune__hidden_features=widths))
+    names = list(found.points())
+    assert names[0] == "ratio-null_hidden_features-blocks.0.mlp-48"
+    assert [p.prune.hidden_features for p in found.points().values()] == widths
+    # Long ones are cut to what a file system takes, and told apart by their hash.
+    assert len(set(names)) == 3 and all(len(name) <= 100 for name in names)
+    assert all(re.fullmatch(r"[\w.+-]+", name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"prune__ratoi": [1]}, "sweep (prune.ratoi: 1): unknown key prune.ratoi (did you mean ra"),
+        (
+            {"distill__stages__all__loss__pooledd": [1]},
+            "unknown key distill.stages.all.loss.pooledd (did you mean pooled?)",
+        ),
+        ({"data__seed": [1]}, "sweep.data.seed: what can be swept are the keys of prune and of"),
+        ({"prune": [{}]}, "sweep.prune: what can be swept are the keys of prune and of distill.st"),
+        ({"evaluate__batch_size": [1]}, "sweep.evaluate.batch_size: what can be swept are"),
+        ({"distill__processes": [1]}, "sweep.distill.processes: what can be swept are"),
+        ({"distill__stages": [{}]}, "sweep.distill.stages: what can be swept are"),
+        ({"distill__stages__new": [STAGE]}, "sweep.distill.stages.new: what can be swept are"),
+        ({"distill__stages__all": [STAGE]}, "sweep.distill.stages.all: what can be swept are"),
+        ({"distill__stages__new__lr": [1]}, "sweep.distill.stages.new.lr: what can be swept are"),
+        (
+            {"distill__stages__all__prune__ratio": [1]},
+            "of a section that is null the whole.",
+        ),
+        ({"prune__ratio": []}, "sweep.prune.ratio is []: tuple should have at least 1 item"),
+        ({"prune__ratio": 2}, "sweep.prune.ratio is 2: input should be a valid tuple"),
+        (
+            {"prune__ratio": [1, 2.5]},
+            "sweep (prune.ratio: 2.5): prune: prune.ratio 2.5 must not exceed prune.max_ratio 2.0",
+        ),
+        (
+            {"prune__method": METHODS, "prune__keep": [0.5]},
+            "sweep (prune.method: gram_schmidt, prune.keep: 0.5): prune: prune needs exactly one of",
+        ),
+        ({"prune__ratio": [math.nan]}, "sweep (prune.ratio: NaN): prune.ratio is NaN: input"),
+        ({"prune__ratio": [date(2026, 1, 1)]}, 'prune.ratio is "2026-01-01": input should be a'),
+        ({"prune__ratio": [1, 2, 1]}, "sweep: two points would be called ratio-1: give each value"),
+        ({"prune__ratio": [1, "1"]}, "sweep: two points would be called ratio-1: give each value"),
+        (
+            {"prune__ratio": [2, 1, 2.0]},
+            "sweep: the points ratio-2 and ratio-2.0 are the same run: give each value once.",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_swept_is_refused(values, says):
+    assert says in refusal(swept(**values))
+
+
+def test_sweep_is_a_mapping():
+    assert "sweep is null: input should be a valid dictionary" in refusal(DEFAULT | {"sweep": None})
+
+
+def test_what_is_wrong_without_a_sweep_is_not_blamed_on_it():
+    values = changed("features.patch_tokens", None) | {"sweep": {"prune.ratio": RATIOS}}
+    assert refusal(values).startswith("my.yaml: distill.stages.mlp.loss.patch_tokens is 1, but")
+
+
+def test_sweep_of_the_default_file_s_comment_is_allowed():
+    lines = (REPOSITORY / "params.yaml").read_text().splitlines()
+    start = lines.index("sweep: {}")
+    example = [line.removeprefix("#") for line in lines[start + 1 :] if line.startswith("#  ")]
+    values = yaml.safe_load("\n".join(["sweep:", *example]))
+    assert len(params.validate(DEFAULT | values).points()) == 3 * 2 * 2
+
+
+def test_a_sweep_does_not_shape_the_run_itself():
+    assert (
+        params.validate(swept(prune__ratio=RATIOS)).shaping() == params.validate(DEFAULT).shaping()
+    )
 
 
 # What shapes the results

@@ -253,6 +253,41 @@ def test_an_average_is_one_more_copy_of_what_learns(teacher):
     assert "an average" in two.note and "an average" not in one.note
 
 
+def test_a_sweep_is_told_and_counted(teacher, capsys):
+    stages = {"mlp": STAGE | {"train": "mlp"}, "all": STAGE}
+    alone, values = whole(teacher, stages), {"prune.ratio": [0.5, 2.0]}
+    parts = [
+        plan.plan_run(alone.model_copy(update={"prune": Prune(ratio=ratio)}))
+        for ratio in (1.0, 0.5, 2.0)
+    ]
+    found = plan.plan_run(Params.model_validate(alone.model_dump() | {"sweep": values}))
+    assert found.model == parts[0].model
+    dense = parts[0].model.before.params["total"] * 4  # the teacher, which all share
+    assert found.disk["models"].bytes == sum(p.disk["models"].bytes - dense for p in parts) + dense
+    assert found.disk["shards"] == parts[0].disk["shards"]
+    for job, size in found.memory.items():
+        assert size.bytes == max(part.memory[job].bytes for part in parts), job
+    assert found.memory["distill_stage all"].bytes > parts[0].memory["distill_stage all"].bytes
+    plan.show_run(found, Console(width=200))
+    assert "sweep: 2 runs besides this one;" in capsys.readouterr().out
+    plan.show_run(parts[0], Console(width=200))
+    assert "sweep" not in capsys.readouterr().out
+
+
+def test_runs_that_begin_alike_share_their_checkpoints(teacher):
+    stages = {"mlp": STAGE | {"train": "mlp"}, "all": STAGE}
+
+    def checkpoints(**sweep):
+        values = whole(teacher, stages).model_dump() | {"sweep": sweep}
+        return plan.plan_run(Params.model_validate(values)).disk["training checkpoints"].bytes
+
+    alone = checkpoints()
+    last = checkpoints(**{"distill.stages.all.lr": [1e-4]}) - alone
+    both = checkpoints(**{"distill.stages.mlp.lr": [1e-4]}) - alone
+    assert 0 < last < both
+    assert checkpoints(**{"prune.ratio": [1.0]}) == alone  # the run itself
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets(path):
     config = read(path)

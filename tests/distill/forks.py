@@ -5,6 +5,7 @@ and answers with the process id; ``{"wait": pid, "seconds"}`` answers with its s
 :mod:`subprocess` has it, or null where it has not ended.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -65,6 +66,40 @@ def signals(at, numbers, to_group=False):
     Steps.when_one_begins.append(send)
 
 
+def pause(at, until):
+    """Step ``at`` begins when there is a file ``until``."""
+
+    def wait():
+        while Steps.now == at and not os.path.exists(until):
+            time.sleep(0.01)
+
+    Steps.when_one_begins.append(wait)
+
+
+def impatient(seconds):
+    """So long it waits for another process that trains the same run."""
+    trainer._LONGEST_WAIT_S = seconds
+
+
+def stop_soon():
+    """A SIGTERM comes once it has been waiting."""
+    asked = trainer.summed
+    rounds = []
+
+    def summed(*given):
+        rounds.append(1)
+        if len(rounds) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return asked(*given)
+
+    trainer.summed = summed
+
+
+def careless():
+    """It looks for no other process."""
+    trainer.alone = lambda *_: contextlib.nullcontext()
+
+
 def poison(steps, rank=0, rows=(0,)):
     """In these steps the teacher's answers are no numbers, in some rows of what ``rank`` gets."""
 
@@ -107,7 +142,22 @@ def _told(seed, step, rank):
     Steps.seed(seed, step, rank)
 
 
-HOOKS = {hook.__name__: hook for hook in (log, forget, lose, drift, signals, poison, explode)}
+HOOKS = {
+    hook.__name__: hook
+    for hook in (
+        log,
+        forget,
+        lose,
+        drift,
+        signals,
+        pause,
+        impatient,
+        stop_soon,
+        careless,
+        poison,
+        explode,
+    )
+}
 
 
 def _become(request):

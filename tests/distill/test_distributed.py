@@ -196,6 +196,31 @@ def test_the_command_starts_its_processes(place):
     assert outputs_distance(place, "one", "two") < NEAR
 
 
+# All nodes of a job are this machine.
+SRUN = """#!/bin/bash
+echo "$@" >> {folder}/srun.txt
+for node in 0 1; do "${{@:6}}" & done
+wait -n && wait -n
+"""
+
+
+def test_two_nodes_train_as_one_process(place, monkeypatch):
+    """Two torchruns that find each other, over the loopback with gloo."""
+    bin = place.folder / "bin"
+    bin.mkdir()
+    (bin / "srun").write_text(SRUN.format(folder=place.folder))
+    (bin / "srun").chmod(0o700)
+    monkeypatch.setenv("PATH", str(bin), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "71")
+    few = config(samples=42)
+    place.train("one", few)
+    run = place.command("two", few, processes=2, nodes=2)
+    assert run.wait(150) == 0, place.said("two")
+    assert "--nnodes=2" in (place.folder / "srun.txt").read_text()
+    assert distance(place.weights("one"), place.weights("two")) < NEAR
+    assert outputs_distance(place, "one", "two") < NEAR
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [*WAYS, "three"])
 def test_the_command_trains_as_one_process(place, way):

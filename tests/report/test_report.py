@@ -56,8 +56,11 @@ def history(samples: int, start: float) -> list[dict[str, float]]:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
+    return write_chain(tmp_path / "results")
+
+
+def write_chain(results: Path) -> Path:
     """A finished chain of two stages."""
-    results = tmp_path / "results"
     folders = {
         "teacher": results / "teacher",
         "pruned": results / "prune",
@@ -125,7 +128,7 @@ def headless(results: Path) -> None:
 
 def made(results: Path, params: dict[str, Any] = PARAMS) -> str:
     """The page's HTML."""
-    report(results, STAGES, params, results)
+    report(results, STAGES, params, results, results)
     return (results / "report.html").read_text(encoding="utf-8")
 
 
@@ -246,15 +249,15 @@ def test_missing_file_and_missing_speed_are_told(results: Path) -> None:
         made(results)
 
 
-def test_page_comes_last(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_of_it_or_nothing(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> str:
         raise RuntimeError
 
     monkeypatch.setattr(page, "render", fail)
     with pytest.raises(RuntimeError):
         made(results)
-    assert not (results / "report.html").exists()
-    assert {"metrics.json", "curves.json", "student"} <= {path.name for path in results.iterdir()}
+    written = {"metrics.json", "curves.json", "student", "report.html"}
+    assert not written & {path.name for path in results.iterdir()}
 
 
 def test_page_tells_the_outcome_in_numbers(results: Path) -> None:
@@ -291,6 +294,7 @@ def test_page_stands_alone(results: Path) -> None:
 def test_charts_show_stages_and_models_in_the_page_s_colours(results: Path) -> None:
     charts = re.findall(r"<figure>.*?</figure>", made(results), flags=re.DOTALL)
     assert [chart.count("<svg ") for chart in charts] == [1, 1]
+    assert 'aria-label="Loss curves"' in charts[0]
     assert re.findall(r">(mlp|full)</text>", charts[0]) == ["mlp", "full"]
     assert all(f">{label}</text>" in charts[1] for label in ("teacher 90.5%", "full 89.3%"))
     assert "stroke: var(--accent)" in charts[0]
@@ -341,7 +345,7 @@ def test_without_refit_there_are_no_errors(results: Path) -> None:
 
 
 def test_same_results_give_the_same_page(results: Path) -> None:
-    found = read(results, STAGES)
+    found = read(results, STAGES, results)
     assert found.last_stage == "full"
     assert made(results) == made(results)
 

@@ -89,7 +89,7 @@ def test_mlflow_has_a_parent_and_a_child_for_each_room(finished, monkeypatch):
 def test_student_is_for_people_who_do_not_have_the_package(finished, tmp_path, clean_environment):
     done = subprocess.run(
         [sys.executable, "-I", "-c", OUTSIDER]
-        + [str(finished / "results/student"), str(finished / "results/data/eval/*.tar")],
+        + [str(finished / "results/student"), str(finished / "results/evaluation_data/*.tar")],
         cwd=tmp_path,
         env=clean_environment,
         capture_output=True,

@@ -88,7 +88,7 @@ def place(server, new_place):
         folder = place / f"labelled/class-{number % 3}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / photo.name).symlink_to(photo)
-    place.finish("check", "results/data/manifest.json", "results/data/eval/manifest.json")
+    place.finish("check", "results/data/manifest.json", "results/evaluation_data/manifest.json")
     return place
 
 
@@ -133,8 +133,8 @@ def test_shards_hold_the_photos_to_the_byte(place, server):
 
 
 def test_evaluation_images_keep_their_folders_labels(place):
-    rows = pq.read_table(place / "results/data/eval/00000.parquet").to_pylist()
-    rows += pq.read_table(place / "results/data/eval/00001.parquet").to_pylist()
+    rows = pq.read_table(place / "results/evaluation_data/00000.parquet").to_pylist()
+    rows += pq.read_table(place / "results/evaluation_data/00001.parquet").to_pylist()
     assert len(rows) == GOOD
     for row in rows:
         assert row["name"].startswith(f"labelled/class-{row['label']}/")

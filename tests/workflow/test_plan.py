@@ -37,6 +37,28 @@ def test_changed_params(new_place):
     assert found["pack_shards"] == 6 and found["saliency"] == found["refit_blocks"] == 1
 
 
+def test_sweep(new_place):
+    """What runs have in common is planned once: orders by method, refits by width, equal models."""
+    place = new_place(
+        sweep={
+            "prune.ratio": [1.0, 0.5],
+            "prune.method": ["gram_schmidt", "magnitude", "taylor"],
+            "prune.compensate": ["least_squares", "none"],
+            "distill.stages.all.prune": [None, {"ratio": 0.25}],
+        }
+    )
+    found = jobs_by_rule(place / "params.yaml")
+    assert place.planned() == found
+    points = 2 * 3 * 2 * 2
+    assert found["order_blocks"] == 3 * 2 and found["saliency"] == 1
+    assert found["refit_blocks"] == 2 * 3 * 2
+    assert found["report_point"] == points and found["distill_stage"] == 2 * (points + 1)
+    assert found["prune_again"] == points / 2
+    # The run itself is one of the points; the first stage is that of half of them.
+    assert found["evaluate_model"] == 1 + points / 2 + points / 2 + points
+    assert found["pack_shards"] == 2 and found["features"] == found["teacher"] == 1
+
+
 @pytest.mark.parametrize("preset", ["vit_b"])
 def test_preset_takes_the_place_of_params_yaml(new_place, repository, preset):
     path = repository / f"presets/{preset}.yaml"

@@ -9,20 +9,28 @@ from dataclasses import replace
 
 import pytest
 
-TRACKED = Counter(track=8, all=1)
+ALL = Counter(all=1)
+# MLflow is told of all rooms of a chain with other params, or of those after a change of code.
+TRACKED = ALL + Counter(track=8)
 REPORTED = TRACKED + Counter(report=1)
 
 
 def evaluated(models):
-    return REPORTED + Counter(evaluate_model=models, measure_speed=1)
+    return REPORTED + Counter(evaluate_model=models, measure_speed=1, gather=1)
 
 
-DISTILLED = evaluated(3) + Counter(distill_stage=2)
-PRUNED = DISTILLED + Counter(prune=1)
+DISTILLED = evaluated(2) + Counter(distill_stage=2)
+PRUNED = evaluated(3) + Counter(distill_stage=2, assemble=1)
 REFITTED = PRUNED + Counter(refit_blocks=2)
-PUBLISHED = REFITTED + Counter(features=1)
+ORDERED = REFITTED + Counter(order_blocks=2)
 CHECKED = Counter(check=1)
-REDRAWN = PUBLISHED + Counter(data=1, targets=2, calibration=1)  # all images are others
+PUBLISHED = DISTILLED + Counter(features=1)
+REDRAWN = REFITTED + Counter(data=1, targets=2, calibration=1, features=1)  # all images are others
+OTHER_TEACHER = (
+    ORDERED
+    + Counter(teacher=1, targets=2, calibration=1, features=1)
+    + Counter(evaluate_model=1)  # the teacher itself
+)
 
 
 def set_params(**changes):
@@ -42,25 +50,55 @@ def touch(path):
 
 
 def remove(path):
-    return lambda place: (place / path).unlink()
+    def change(place):
+        (found,) = place.folder.glob(path)
+        shutil.rmtree(found) if found.is_dir() else found.unlink()
+
+    return change
 
 
+def replace_shard(place):
+    shutil.copy(place / "results/data/00001.tar", place / "copied.tar")
+    (place / "copied.tar").replace(place / "results/data/00000.tar")
+
+
+def plan_another(place):
+    """What a dry run looks at leaves no trace."""
+    assert place.edit(prune__ratio=0.5).planned()
+    place.edit(prune__ratio=1.0)
+
+
+def rewrite(path, old, new):
+    def change(place):
+        file = place.snakefile.parent / path
+        text = file.read_text()
+        assert text.count(old) == 1
+        file.write_text(text.replace(old, new))
+
+    return change
+
+
+TEACHER = "resources/teachers/micro"
+STAGE_3 = {"train": "mlp", "samples": 64, "lr": 1e-4}
 CASES = {
     "nothing": (lambda place: None, Counter()),
+    "a dry run with other params": (plan_another, Counter()),
     "params.yaml touched": (touch("params.yaml"), Counter()),
     "params.yaml: comment and empty lines": (append("\n\n# a comment\n", "params.yaml"), Counter()),
     "params.yaml: a default written out": (set_params(prune__round_to=1), Counter()),
+    # distill
     "last stage's lr": (
         set_params(distill__stages__all__lr=5e-4),
         CHECKED + evaluated(1) + Counter(distill_stage=1),
     ),
-    "first stage's lr": (
-        set_params(distill__stages__mlp__lr=5e-4),
-        CHECKED + evaluated(2) + Counter(distill_stage=2),
-    ),
+    "first stage's lr": (set_params(distill__stages__mlp__lr=5e-4), CHECKED + DISTILLED),
     "last stage's prune": (
         set_params(distill__stages__all__prune={"ratio": 0.5}),
         CHECKED + evaluated(1) + Counter(distill_stage=1, prune_again=1),
+    ),
+    "a stage more": (
+        set_params(distill__stages__third=STAGE_3),
+        CHECKED + evaluated(1) + Counter(distill_stage=1, track=1),
     ),
     "how stages are run": (
         set_params(
@@ -72,29 +110,25 @@ CASES = {
         ),
         Counter(),
     ),
+    # prune
     "prune.ratio": (set_params(prune__ratio=0.5), CHECKED + REFITTED),
+    "prune.ridge": (set_params(prune__ridge=0.1), CHECKED + REFITTED),
     "prune.compensate: none": (set_params(prune__compensate="none"), CHECKED + PRUNED),
-    "prune.max_ratio": (
-        set_params(prune__max_ratio=3.0),
-        CHECKED + REFITTED + Counter(order_blocks=2),
-    ),
+    "prune.max_ratio": (set_params(prune__max_ratio=3.0), CHECKED + ORDERED),
     "prune.method: output_gram_schmidt": (
         set_params(prune__method="output_gram_schmidt"),
-        CHECKED + REFITTED + Counter(order_blocks=2),
+        CHECKED + ORDERED,
     ),
     "prune.method: taylor": (
         set_params(prune__method="taylor"),
-        CHECKED + REFITTED + Counter(order_blocks=2, saliency=1),
+        CHECKED + ORDERED + Counter(saliency=1),
     ),
     "prune.sequential": (
         set_params(prune__sequential=True),
         CHECKED + PRUNED + Counter(refit_blocks=1),
     ),
-    # Other jobs list the same blocks, whose files are there already.
-    "prune.parts": (
-        set_params(prune__parts=1),
-        CHECKED + PRUNED + Counter(order_blocks=1, refit_blocks=1),
-    ),
+    "prune.parts": (set_params(prune__parts=1), CHECKED + REPORTED),  # the page lists the params
+    # features
     "features.views.count": (
         set_params(features__views__count=1),
         CHECKED + PUBLISHED + Counter(targets=2),
@@ -106,49 +140,100 @@ CASES = {
     "features.cache: none": (set_params(features__cache="none"), CHECKED + PUBLISHED),
     "features.calibration.samples": (
         set_params(features__calibration__samples=32),
-        CHECKED + PUBLISHED + Counter(calibration=1),
+        CHECKED + REFITTED + Counter(calibration=1, features=1),
     ),
+    # data
     "data.seed": (
         set_params(data__seed=1),
+        CHECKED + REDRAWN + Counter(select_samples=1, pack_shards=2),
+    ),
+    "data.n_samples": (
+        set_params(data__n_samples=250),
         CHECKED + REDRAWN + Counter(select_samples=1, pack_shards=2),
     ),
     "data.image_size": (
         set_params(data__image_size=20),
         CHECKED + REDRAWN + Counter(pack_shards=2),
     ),
+    "data.shards_per_job": (
+        set_params(data__shards_per_job=3),
+        CHECKED + REDRAWN + Counter(select_samples=1, pack_shards=1) - Counter(targets=1),
+    ),
     "data.eval.n_samples": (
         set_params(data__eval__n_samples=100),
-        CHECKED + REPORTED + Counter(pack_evaluation=1, evaluation_data=1, evaluate_model=4),
+        CHECKED
+        + REPORTED
+        + Counter(pack_evaluation=1, evaluation_data=1, evaluate_model=4, gather=1),
     ),
+    # evaluate, mlflow, sweep
     "evaluate.batch_size": (
         set_params(evaluate__batch_size=64),
-        REPORTED + Counter(evaluate_model=4),
+        REPORTED + Counter(evaluate_model=4, gather=1),
     ),
     "evaluate.speed_repeats": (
         set_params(evaluate__speed_repeats=3),
-        REPORTED + Counter(measure_speed=1),
+        REPORTED + Counter(measure_speed=1, gather=1),
     ),
     "mlflow.experiment": (set_params(mlflow__experiment="other"), TRACKED),
     "mlflow.tracking_uri: null": (set_params(mlflow__tracking_uri=None), Counter()),
-    "a shard touched": (touch("results/data/00000.tar"), Counter()),
-    "a shard changed": (
-        append("?", "results/data/00000.tar"),
-        PUBLISHED + Counter(targets=1, calibration=1) - Counter(track=2),  # teacher, data
+    "sweep": (
+        set_params(sweep={"prune.ratio": [0.5, 2.0]}),
+        CHECKED
+        + Counter(refit_blocks=4, assemble=2, distill_stage=4, evaluate_model=6)
+        + Counter(measure_speed=2, gather=2, report_point=2, report=1, track=2 * 5 + 1)
+        + ALL,
     ),
-    "the teacher touched": (touch("resources/teachers/micro/model.safetensors"), Counter()),
-    "check.json touched": (touch("work/check.json"), Counter()),
-    "check.json gone": (remove("work/check.json"), CHECKED + Counter(all=1)),
-    "the page gone": (remove("results/report.html"), Counter(report=1, track=1, all=1)),
+    # files
+    "a shard touched": (touch("results/data/00000.tar"), Counter()),
+    "a shard replaced": (replace_shard, Counter()),  # whoever reads it refuses it: below
+    "the teacher touched": (touch(f"{TEACHER}/model.safetensors"), Counter()),
+    "the teacher's files changed": (append("\n", f"{TEACHER}/config.json"), OTHER_TEACHER),
+    "check.json gone": (remove("work/check"), Counter()),
+    "the page gone": (remove("results/report.html"), ALL + Counter(report=1)),
+    "a room gone": (remove("results/prune"), ALL + Counter(assemble=1)),
+    "a stage gone": (remove("results/distill/mlp"), ALL + Counter(distill_stage=1)),
+    "work/ gone": (remove("work"), Counter()),
+    "Snakemake's records gone": (remove(".snakemake"), Counter()),
+    # code
+    "a rule's command": (
+        rewrite("workflow/rules/distill.smk", "distill train --stage", "distill train  --stage"),
+        DISTILLED - Counter(track=4),
+    ),
+    "a rule's memory, and a comment": (
+        rewrite("workflow/rules/features.smk", "runtime=60,", "runtime=61,  # minutes"),
+        Counter(),
+    ),
+    "a module's docstring": (
+        rewrite("workflow/dgmr/prune/compensate.py", '"""Closed-form', '"""Reworded: closed-form'),
+        Counter(),
+    ),
+    "a module": (
+        rewrite("workflow/dgmr/prune/compensate.py", "\nimport copy", "\n_unused = 1\nimport copy"),
+        REFITTED - Counter(track=3),
+    ),
+    "the command line's module": (
+        rewrite(
+            "workflow/dgmr/cli.py", "\nimport dataclasses", "\n_unused = 1\nimport dataclasses"
+        ),
+        Counter(),
+    ),
 }
 
 
 @pytest.fixture(scope="module")
-def plans(finished, tmp_path_factory):
-    """What each case plans, two at a time."""
+def plans(finished, repository, tmp_path_factory):
+    """What each case plans, two at a time, with a workflow of its own."""
 
     def plan(case):
         change, _ = case
         place = finished.copy(tmp_path_factory.mktemp("case") / "copy")
+        code = tmp_path_factory.mktemp("repository")
+        for name in ("Snakefile", "params.yaml"):
+            shutil.copy(repository / name, code)
+        for name in ("workflow", "profiles", "envs"):
+            ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+            shutil.copytree(repository / name, code / name, ignore=ignored)
+        place = replace(place, snakefile=code / "Snakefile")
         change(place)
         found = place.planned()
         shutil.rmtree(place.folder)
@@ -175,7 +260,8 @@ def test_ratio_there_and_back_is_served_from_stored_orders(finished_copy):
     assert len(half) < len(first)
 
     place.edit(prune__ratio=1.0)
-    assert place.planned("check", "prune") == Counter(check=1, prune=1)  # the refits are there too
+    # Orders and refits are there, and that it was checked.
+    assert place.planned("check", "prune") == Counter(assemble=1, prune=1)
     place.finish("check", "prune")
     assert (place / "results/prune/model.safetensors").read_bytes() == first
     assert [path.stat().st_mtime_ns for path in order_files] == stored
@@ -243,34 +329,14 @@ def test_other_ways_to_distill_run_through_the_rules(finished_copy):
     assert not place.planned("check", "distill")
 
 
-@pytest.fixture(scope="module")
-def other_code(finished, repository, tmp_path_factory):
-    """The finished chain, to be run by a copy of the workflow that may be edited."""
-    clone = tmp_path_factory.mktemp("repository")
-    for name in ("Snakefile", "params.yaml"):
-        shutil.copy(repository / name, clone)
-    for name in ("workflow", "profiles", "envs"):
-        shutil.copytree(
-            repository / name, clone / name, ignore=shutil.ignore_patterns("__pycache__")
-        )
-    place = finished.copy(tmp_path_factory.mktemp("copy") / "copy")
-    return replace(place, snakefile=clone / "Snakefile")
+def test_replaced_shard_is_refused_by_its_readers(finished_copy):
+    replace_shard(finished_copy)
+    done = finished_copy.edit(features__views__seed=7, mlflow__tracking_uri=None).run("features")
+    assert done.status != 0
+    assert "results/data/00000.tar" in done.output
 
 
-def rewrite(path, old, new):
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
-
-
-def test_code_reruns_the_stages_that_use_it(other_code):
-    package = other_code.snakefile.parent / "workflow/dgmr"
-    compensate = package / "prune/compensate.py"
-    rewrite(compensate, '"""', '"""Reworded. ')
-    append("\n\n# A comment.\n", "params.py")(package)
-    append("\n\nunused = 1\n", "cli.py")(package)  # says how stages are called, not what they do
-    assert not other_code.planned()
-
-    append("\n\n_unused = 1\n", "prune/compensate.py")(package)
-    of_earlier_rooms = Counter(track=3)
-    assert other_code.planned() == REFITTED - of_earlier_rooms
+def test_preset_and_back(finished_copy, repository):
+    preset = str(repository / "presets/vit_b.yaml")
+    assert finished_copy.planned("--configfile", preset)["distill_stage"] > 2
+    assert not finished_copy.planned()

@@ -4,10 +4,13 @@ import json
 import os
 import re
 import shlex
+import shutil
 import stat
+import subprocess
 import sys
 
 import pytest
+import yaml
 
 # Installed under each command's name. Without accounting, as small clusters are.
 SLURM = """#!{python}
@@ -27,7 +30,7 @@ if name == "sbatch":
     log = Path(arguments[arguments.index("--output") + 1].replace("%j", job))
     folder = arguments[arguments.index("-D") + 1]
     done = subprocess.run(
-        ["bash", "-c", script], cwd=folder, env=os.environ | {{"SLURM_JOB_ID": job}},
+        [*{offline}, "bash", "-c", script], cwd=folder, env=os.environ | {{"SLURM_JOB_ID": job}},
         stdout=log.open("w"), stderr=subprocess.STDOUT,
     )
     (store / f"{{job}}.state").write_text("FAILED" if done.returncode else "COMPLETED")
@@ -43,6 +46,13 @@ elif name == "sacct":
 elif name == "scontrol":
     print("MinJobAge = 300 sec")
 """
+# Compute nodes have no internet; where the kernel lets us, these jobs have no network at all.
+OFFLINE = ["unshare", "--net", "--map-root-user"]
+if (
+    not shutil.which("unshare")
+    or subprocess.run([*OFFLINE, "true"], capture_output=True).returncode
+):
+    OFFLINE = []
 COMMANDS = ("sbatch", "srun", "squeue", "sacct", "sacctmgr", "sshare", "scontrol", "sinfo")
 OPTIONS = ("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "5")
 
@@ -51,13 +61,22 @@ class Slurm:
     def __init__(self, folder, place, profile):
         self.folder, self.place, self.profile = folder, place, profile
         for name in COMMANDS:
-            (folder / name).write_text(SLURM.format(python=sys.executable))
+            (folder / name).write_text(SLURM.format(python=sys.executable, offline=OFFLINE))
             (folder / name).chmod(stat.S_IRWXU)
 
     def run(self, *arguments):
         profile = ["--workflow-profile", str(self.profile), *OPTIONS]
         path = f"{self.folder}:{os.environ['PATH']}"
         return self.place.run(*profile, *arguments, cores=None, PATH=path)
+
+    def edit(self, stage, threads):
+        """As a site edits the profile."""
+        profile = yaml.safe_load((self.profile / "config.yaml").read_text())
+        profile["set-resources"]["distill_stage"] |= stage
+        profile["set-threads"]["distill_stage"] = threads
+        self.profile = self.folder / "site"
+        self.profile.mkdir()
+        (self.profile / "config.yaml").write_text(yaml.safe_dump(profile))
 
     def asked(self):
         """Command lines of sbatch by rule and wildcards, without the script and this run's names."""
@@ -92,7 +111,7 @@ def test_refused_jobs_asked_for_what_their_rule_says(slurm):
             "--parsable --job-name RUN --output"
             f" WORK/logs/slurm/rule_order_blocks/{part}/%j.log --export=ALL"
             f" --comment rule_order_blocks_wildcards_{part}"
-            " -t 240 --mem 4000 --ntasks=1 --cpus-per-task=1 -D WORK"
+            " -t 240 --mem 4000 --requeue --ntasks=1 --cpus-per-task=1 -D WORK"
         )
         for part in range(2)
     }
@@ -113,6 +132,37 @@ def test_job_runs_on_the_cluster_and_local_rules_stay(slurm):
             "--parsable --job-name RUN --output"
             " WORK/logs/slurm/rule_distill_stage/all/%j.log --export=ALL"
             " --comment rule_distill_stage_wildcards_all"
-            " -t 720 --mem 16000 --cpus-per-task=8 -D WORK --gpus=1"
+            " -t 720 --mem 16000 --nodes=1 --requeue --cpus-per-task=8 --signal=TERM@180 -D WORK"
+            " --gpus=1"
         )
     }
+
+
+SITES = {
+    "2": ({"gpu": 2}, 16, "-t 720 --mem 16000 --nodes=1 --requeue --cpus-per-task=16 {} --gpus=2"),
+    "8": ({"gpu": 8}, 64, "-t 720 --mem 16000 --nodes=1 --requeue --cpus-per-task=64 {} --gpus=8"),
+    "2x8": (
+        {"gpu": 16, "nodes": 2, "mpi": "srun", "tasks": 2, "tasks_per_gpu": 0, "mem_mb": 200000},
+        64,
+        "-t 720 --mem 200000 --nodes=2 --requeue --ntasks=2 --cpus-per-task=64 {} --gpus=16",
+    ),
+    "own": (
+        {"slurm_account": "ours", "slurm_partition": "gpu", "constraint": "a100", "runtime": 60},
+        8,
+        "-A ours -p gpu -t 60 -C a100 --mem 16000 --nodes=1 --requeue --cpus-per-task=8 {} --gpus=1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_a_site_edits_the_profile(slurm, name):
+    stage, threads, line = SITES[name]
+    slurm.edit(stage, threads)
+    (slurm.folder / "closed").touch()
+    history = slurm.place / "results/distill/all/history.json"
+    history.unlink()
+    done = slurm.run("--retries", "0", str(history.relative_to(slurm.place.folder)))
+    assert "the cluster is closed" in done.output
+    (asked,) = slurm.asked().values()
+    _, _, asked = asked.partition(" --comment rule_distill_stage_wildcards_all ")
+    assert asked == line.format("--signal=TERM@180 -D WORK")

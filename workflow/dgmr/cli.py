@@ -4,10 +4,13 @@ Stages are imported when they are called, so that ``dgmr --help`` needs no torch
 params (``--config``) is JSON, as the rules pass it, or a params file, by hand.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,21 +18,32 @@ import typer
 
 from dgmr import params
 from dgmr.errors import DgmrError
+from dgmr.files import NO_SPACE
 
 
-def _group(help: str) -> typer.Typer:
+def _offline() -> None:
+    # What these commands read are files; a compute node may have no internet to look for more.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _group(help: str, callback: Callable[[], None] | None = None) -> typer.Typer:
     return typer.Typer(
-        help=help, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+        help=help,
+        callback=callback,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
     )
 
 
 app = _group("Prune vision transformers and distil what they knew.")
 teacher_app = _group("Bring the teacher in.")
 data_app = _group("From a table of URLs to shards.")
-features_app = _group("What the teacher says of the images.")
-prune_app = _group("Keep a diverse subset of hidden units.")
-distill_app = _group("Train the student, stage after stage.")
-evaluate_app = _group("Compare the models.")
+features_app = _group("What the teacher says of the images.", _offline)
+prune_app = _group("Keep a diverse subset of hidden units.", _offline)
+distill_app = _group("Train the student, stage after stage.", _offline)
+evaluate_app = _group("Compare the models.", _offline)
+track_app = _group("Tell MLflow what the files say.")
 
 Config = Annotated[str, typer.Option(help="The section as JSON, or a params file.")]
 Output = Annotated[Path, typer.Option(help="What to write.")]
@@ -39,6 +53,8 @@ Features = Annotated[Path, typer.Option(help="The features room, results/feature
 Downloads = Annotated[Path, typer.Option(help="Where Fashion-MNIST is kept if it is fetched.")]
 Orders = Annotated[Path, typer.Option(help="Folder of orders.")]
 Part = Annotated[int, typer.Option(help="Which share of the blocks, from 0.")]
+Results = Annotated[Path, typer.Option(help="The run's results, results/ or a point of a sweep.")]
+Whole = Annotated[str, typer.Option(help="All params as JSON, or a params file.")]
 _RUNNING = params.Running.model_fields
 
 
@@ -50,6 +66,11 @@ def main() -> None:
     except DgmrError as error:
         print(f"dgmr: {error}", file=sys.stderr)
         sys.exit(error.status)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        print(f"dgmr: {error}: make room on the disk, and run the command again.", file=sys.stderr)
+        sys.exit(DgmrError.status)
 
 
 @app.command()
@@ -60,7 +81,7 @@ def schema() -> None:
 
 @app.command()
 def check(
-    config: Annotated[str, typer.Option(help="All params as JSON, or a params file.")],
+    config: Whole,
     targets: Annotated[Path, typer.Option(help="Where the targets will be.")],
     output: Output,
 ) -> None:
@@ -98,6 +119,26 @@ def plan(
         planning.show_run(found, Console())
     else:
         planning.show_model(found, Console())
+
+
+@app.command()
+def clean(
+    file: Annotated[Path, typer.Option("--params", help="A params file.")] = Path("params.yaml"),
+    remove: Annotated[bool, typer.Option("--remove", help="Remove it.")] = False,
+) -> None:
+    """Show what work/ no longer needs with these params; with --remove, free it."""
+    from dgmr import clean as cleaning
+    from dgmr.files import readable
+
+    found = cleaning.unneeded(params.read(file))
+    for path, frees, reason in found:
+        print(f"{readable(frees):>10}  {path}  {reason}")
+    total = readable(sum(each.frees for each in found))
+    if remove:
+        cleaning.remove(found)
+        print(f"{total} freed")
+    else:
+        print(f"{total} can be freed: dgmr clean --remove" if found else "nothing to free")
 
 
 @teacher_app.command("convert")
@@ -342,6 +383,7 @@ def distill_train(
     ),
     processes: Annotated[int, typer.Option(help="Processes that train together.")] = 1,
     gpus: Annotated[int, typer.Option(help="Or one for each of so many GPUs.")] = 0,
+    nodes: Annotated[int, typer.Option(help="Nodes of a Slurm job that share them.")] = 1,
     workers: Annotated[
         str, typer.Option(help="Processes that load images, for each of them; or auto.")
     ] = "auto",
@@ -367,7 +409,7 @@ def distill_train(
     running = params.section(params.Running, json.dumps(given))
     from dgmr.distill.parallel import launch
 
-    launch(gpus or processes)
+    launch(gpus or processes, nodes)
     from dgmr.distill.trainer import train
 
     train(stage, parent, teacher, data, features, section, output, runs, running)
@@ -427,11 +469,8 @@ def export(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Option(help="The run's results.")],
-    config: Annotated[str, typer.Option(help="All params as JSON, or a params file.")],
-    points: Annotated[
-        list[Path] | None, typer.Argument(help="Results of a sweep's points, each with its report.")
-    ] = None,
+    results: Results,
+    config: Whole,
     shared: Annotated[
         Path | None, typer.Option(help="Where teacher and data are, if not in the run's results.")
     ] = None,
@@ -441,31 +480,79 @@ def report(
 
     resolved = params.section(params.Params, config)
     stages = list(resolved.distill.stages)
-    report(results, stages, resolved.shaping(), results, shared or results, points or [])
+    runs = {results: resolved}
+    runs |= {results / "sweep" / name: point for name, point in resolved.points().items()}
+    swept = {folder: run.values(resolved.sweep) for folder, run in runs.items()}
+    report(results, stages, resolved.shaping(), results, shared or results, swept)
 
 
-@app.command()
-def track(
-    results: Annotated[Path, typer.Option(help="results/")],
-    config: Annotated[str, typer.Option(help="All params as JSON, or a params file.")],
-    room: Annotated[
-        str | None, typer.Argument(help="teacher, data, ..., distill/<stage>, report; none: all.")
-    ] = None,
+@app.command(hidden=True)
+def need(rooms: list[str]) -> None:
+    """End with an error unless these rooms under results/ are those of params.yaml."""
+    from dgmr.keys import Keys
+
+    keys = Keys(params.read(Path("params.yaml")))
+    for room in rooms:
+        for stamp in keys.stamps(room):
+            if not Path("results", stamp).exists():
+                raise DgmrError(
+                    f"results/{room} is not what params.yaml asks for ({stamp} is missing):"
+                    " dvc repro without --single-item makes it first."
+                )
+
+
+@app.command(hidden=True)
+def tidy(
+    folder: Path,
+    kept: Annotated[list[Path] | None, typer.Argument(help="Folders in it that stay.")] = None,
+) -> None:
+    """Delete what else is in a folder of results."""
+    from dgmr.files import keep_only
+
+    keep_only(folder, kept or [])
+
+
+@track_app.command("room")
+def track_room(
+    room: Annotated[str, typer.Argument(help="teacher, data, ..., distill/<stage>, report.")],
+    results: Results,
+    config: Whole,
     output: Annotated[Path | None, typer.Option(help="Where to note what was told.")] = None,
 ) -> None:
-    """Tell MLflow what the files of a room say, or of all that are done."""
-    from dgmr import track as tracking
+    """Tell the store of a room that is done."""
     from dgmr.files import write_json
+    from dgmr.track.tell import track
 
-    resolved = params.section(params.Params, config)
-    if room is None:
-        told = tracking.sync(resolved, results)
-    else:
-        told = {room: tracking.track(room, resolved, results)}
-    for name, is_told in told.items():
-        print(f"{name}: {'told' if is_told else 'not told'}")
+    told = {room: track(room, params.section(params.Params, config), results)}
+    _print_told(told)
     if output is not None:
         write_json(output, told)
+
+
+@track_app.command("sync")
+def track_sync(results: Results, config: Whole) -> None:
+    """Tell the store of all rooms, whatever it missed, and of stages that were killed."""
+    from dgmr.track.tell import sync
+
+    _print_told(sync(params.section(params.Params, config), results))
+
+
+def _print_told(told: dict[str, bool]) -> None:
+    for name, is_told in told.items():
+        print(f"{name}: {'told' if is_told else 'not told'}")
+
+
+@track_app.command("follow")
+def track_follow(
+    results: Results,
+    config: Whole,
+    wait_s: Annotated[float, typer.Option(help="Seconds to wait for a stage to go on.")] = 600.0,
+) -> None:
+    """Tell the store of stages as they train, beside them; ends with them, or by Ctrl-C."""
+    from dgmr.track.follow import follow
+
+    with contextlib.suppress(KeyboardInterrupt):
+        follow(params.section(params.Params, config), results, wait_s)
 
 
 def _named(pairs: list[str]) -> dict[str, Path]:
@@ -480,5 +567,6 @@ for name, group in {
     "prune": prune_app,
     "distill": distill_app,
     "evaluate": evaluate_app,
+    "track": track_app,
 }.items():
     app.add_typer(group, name=name)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from timm.data import resolve_model_data_config
 
 from dgmr import artefact
 from dgmr.errors import DgmrError
-from dgmr.files import ORIGIN, replaced
+from dgmr.files import ORIGIN, replaced_files
 from dgmr.models import TimmModel, input_size
 
 OPSET = 20
@@ -60,19 +59,10 @@ def export(folder: Path, output: Path) -> None:
     origin = {"sha256": about["sha256"], "transform": resolve_model_data_config(model)}
     program.model.metadata_props[ORIGIN] = json.dumps(origin)
 
-    # A folder, for a graph whose weights are in a second file names that file.
-    scratch = output.with_name(output.name + ".scratch")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        program.save(scratch / output.name)
-        check(scratch / output.name, model)
-        output.unlink(missing_ok=True)  # the old graph must not meet the new weights
-        for file in sorted(scratch.iterdir(), reverse=True):  # the weights, then the graph
-            with replaced(output.parent / file.name) as partial:
-                file.replace(partial)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    # A graph whose weights are in a second file names that file.
+    with replaced_files(output.parent, output.name) as folder:
+        program.save(folder / output.name)
+        check(folder / output.name, model)
 
 
 @torch.inference_mode()

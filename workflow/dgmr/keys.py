@@ -36,7 +36,9 @@ class Keys:
     @functools.cached_property
     def check(self) -> str:
         """``work/check/<key>.json``."""
-        return step("check", "dgmr.check", self.params.shaping(), self._sweep)
+        runs = [self.params, *self.params.points().values()]
+        # How models are compared needs no check.
+        return step("check", "dgmr.check", [run.shaping() | {"evaluate": {}} for run in runs])
 
     @functools.cached_property
     def teacher(self) -> str:
@@ -104,27 +106,18 @@ class Keys:
         asked = self.params.features.model_dump(mode="json", exclude={"calibration", "cache"})
         # Other versions may draw other pixels, or compute with other kernels.
         libraries = versions("torch", "torchvision", "timm", "pillow")
-        return step(
-            "targets", "dgmr.features.targets", libraries, self.teacher, self.shards, asked
-        )
+        return step("targets", "dgmr.features.targets", libraries, self.teacher, self.shards, asked)
 
     @functools.cached_property
     def calibration(self) -> str:
         """``work/features/<key>/calibration``."""
-        drawn = self.params.features.model_dump(
-            mode="json", include={"calibration", "batch_size"}
-        )
-        return step(
-            "calibration", "dgmr.features.calibration", self.teacher, self.shards, drawn
-        )
+        drawn = self.params.features.model_dump(mode="json", include={"calibration", "batch_size"})
+        return step("calibration", "dgmr.features.calibration", self.teacher, self.shards, drawn)
 
     @functools.cached_property
     def features(self) -> str:
         """``results/features``."""
-        targets = self.targets if self.params.features.cache == "disk" else None
-        return step(
-            "features", "dgmr.features.publish", self._answers, targets, self.calibration
-        )
+        return step("features", "dgmr.features.publish", self._answers, self.calibration)
 
     @functools.cached_property
     def saliency(self) -> str:
@@ -135,14 +128,10 @@ class Keys:
     def orders(self) -> str:
         """``work/prune/<key>/orders``; not how many jobs made them."""
         prune = self.params.prune
-        how = prune.model_dump(
-            mode="json", include=set(Ordering.model_fields), exclude={"parts"}
-        )
+        how = prune.model_dump(mode="json", include=set(Ordering.model_fields), exclude={"parts"})
         calibration = self.calibration if prune.needs_calibration else None
         saliency = self.saliency if prune.method == "taylor" else None
-        return step(
-            "order_blocks", "dgmr.prune.orders", self.teacher, how, calibration, saliency
-        )
+        return step("order_blocks", "dgmr.prune.orders", self.teacher, how, calibration, saliency)
 
     @functools.cached_property
     def refits(self) -> str:
@@ -163,18 +152,19 @@ class Keys:
         assert again is not None
         calibration = self.calibration if self.params.prune.compensate == "least_squares" else None
         parts = self.model(self.parent(stage)), self.orders, calibration, self._pruning
-        return step(
-            "prune_again", "dgmr.prune.again", *parts, again.model_dump(mode="json")
-        )
+        return step("prune_again", "dgmr.prune.again", *parts, again.model_dump(mode="json"))
 
     def distill(self, stage: str) -> str:
         """``results/distill/<stage>`` and ``work/distill/<key>``, its training checkpoints."""
         config = self.params.distill.stages[stage]
-        start = (
-            self.model(self.parent(stage)) if config.prune is None else self.prune_again(stage)
-        )
+        start = self.model(self.parent(stage)) if config.prune is None else self.prune_again(stage)
         how = config.model_dump(mode="json", exclude={"prune"})
         return step("distill_stage", "dgmr.distill.trainer", start, self._answers, how)
+
+    @functools.cached_property
+    def distilled(self) -> str:
+        """``results/distill``: these stages and no others."""
+        return key(command("distill"), [(name, self.distill(name)) for name in self.models[2:]])
 
     @property
     def models(self) -> list[str]:
@@ -211,9 +201,35 @@ class Keys:
     @functools.cached_property
     def report(self) -> str:
         """``results/student``, the page and the flat metrics."""
-        sweep = [Keys(point).report for point in self.params.points().values()]
-        parts = self.evaluate, self.data, self.params.shaping(), sweep
+        points = {name: Keys(point).report for name, point in self.params.points().items()}
+        parts = self.evaluate, self.data, self.params.shaping(), self.params.sweep, points
         return step("report", "dgmr.report.page", *parts)
+
+    def of_work(self) -> set[str]:
+        """Keys of all that the run has under ``work``, or would have."""
+        stages = self.params.distill.stages
+        return {
+            self.check,
+            self.fashion_table,
+            self.selection,
+            self.downloads,
+            self.shards,
+            self.evaluation_shards,
+            self.targets,
+            self.calibration,
+            self.saliency,
+            self.orders,
+            self.refits,
+            self.speed,
+            *(self.distill(stage) for stage in stages),
+            *(self.evaluation(model) for model in self.models),
+        }
+
+    @functools.cached_property
+    def sweep(self) -> str:
+        """``results/sweep``: these points and no others."""
+        points = [(name, Keys(point).report) for name, point in self.params.points().items()]
+        return key(command("sweep"), points)
 
     def room(self, name: str) -> str:
         """Key of a room as MLflow knows them: ``prune``, or ``distill/<stage>``."""
@@ -221,21 +237,29 @@ class Keys:
         found: str = self.distill(stage) if stage else getattr(self, kind)
         return found
 
+    def stamps(self, room: str) -> list[str]:
+        """What is in ``results`` where all of a room of DVC's is this run's."""
+        if room == "distill":
+            return [f"distill/{stage}/{self.distill(stage)}.stamp" for stage in self.models[2:]]
+        if room == "sweep":
+            points = self.params.points().items()
+            return [f"sweep/{name}/student/{Keys(point).report}.stamp" for name, point in points]
+        return [f"{room}/{self.room(room)}.stamp"]
+
     def tracked(self, room: str) -> str:
         """``results/track/<room>/<key>.json``: that MLflow was told of a room of this run."""
         told = self.params.mlflow.model_dump(mode="json"), self.params.shaping()
-        return key(code("dgmr.track"), told, room, self.room(room))
+        return key(code("dgmr.track.tell"), told, room, self.room(room))
 
     @property
     def _answers(self) -> Any:
-        """What of the features the training sees; whence the teacher's answers come is no matter."""
-        asked = self.params.features.model_dump(mode="json", exclude={"calibration"})
+        """What the training learns from: the targets, or what the teacher is asked in every step."""
+        features = self.params.features
+        if features.cache == "disk":
+            return self.targets
+        asked = features.model_dump(mode="json", exclude={"calibration"})
         return [self.teacher, self.shards, asked]
 
     @property
     def _pruning(self) -> Any:
         return self.params.prune.model_dump(mode="json", exclude={"parts"})
-
-    @property
-    def _sweep(self) -> Any:
-        return [point.shaping() for point in self.params.points().values()]

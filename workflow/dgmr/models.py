@@ -3,10 +3,15 @@
 B: batch, T: tokens, D: embed dim.
 """
 
+import contextlib
+import functools
+import tempfile
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import timm
 import torch
+from filelock import FileLock, Timeout
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import get_model_args
 from torch import Tensor
@@ -19,6 +24,9 @@ TimmModel: TypeAlias = Any
 ``pretrained_cfg``, of which torch's types know nothing."""
 
 
+_locks: list[FileLock] = []
+
+
 class Outputs(NamedTuple):
     """What a model says of a batch, after its final norm where its family has one."""
 
@@ -29,9 +37,28 @@ class Outputs(NamedTuple):
 
 
 def device() -> torch.device:
-    """The accelerator of this machine, else its CPU."""
+    """An accelerator of this machine that no other job of ours has taken, else its CPU.
+
+    Snakemake counts GPUs but does not say which is whose: the first whose lock is free is this
+    process's until it ends. Where all are taken it shares the first one.
+    """
     found = torch.accelerator.current_accelerator(check_available=True)
-    return found or torch.device("cpu")
+    if found is None:
+        return torch.device("cpu")
+    count = torch.accelerator.device_count()
+    return torch.device(found.type, _taken(found.type, count)) if count > 1 else found
+
+
+@functools.cache
+def _taken(kind: str, count: int) -> int:
+    """The first free one of ``count`` accelerators, which is taken from now on."""
+    for index in range(count):
+        lock = FileLock(Path(tempfile.gettempdir()) / f"dgmr-{kind}-{index}.lock", mode=0o666)
+        with contextlib.suppress(Timeout):
+            lock.acquire(blocking=False)
+            _locks.append(lock)
+            return index
+    return 0
 
 
 def loader_workers() -> int:

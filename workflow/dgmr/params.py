@@ -3,12 +3,14 @@
 Importing this module is cheap (no torch), so a bad file is told at parse time.
 """
 
+import copy
 import difflib
+import functools
 import itertools
 import json
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -25,12 +27,14 @@ from pydantic import (
     model_validator,
 )
 
+from dgmr import fingerprint
 from dgmr.errors import DgmrError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 SectionT = typing.TypeVar("SectionT", bound="Section")
 StageName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]*$")]
 RESERVED_MODELS = ("teacher", "pruned", "student", "speed")
+_LONGEST_NAME = 100  # of a point; file systems allow 255 bytes
 
 
 class Section(BaseModel):
@@ -499,30 +503,52 @@ class Params(Section):
             exclude={"mlflow": True, "sweep": True, "distill": set(Running.model_fields)},
         )
 
-    def points(self) -> dict[str, "Params"]:
-        """The params of every combination of the values in ``sweep``, by a name that tells them.
+    def values(self, names: Iterable[str]) -> dict[str, Any]:
+        """The values of keys with dotted ``names``, as JSON."""
+        shaping = self.shaping()
+        return {
+            name: functools.reduce(lambda section, part: section[part], name.split("."), shaping)
+            for name in names
+        }
+
+    def combinations(self) -> dict[str, dict[str, Any]]:
+        """Every combination of the values in ``sweep``, by a name that tells them.
 
         Raises:
-            ValueError: a key is not to be swept, or a combination is not allowed.
+            ValueError: two have the same name.
         """
-        found: dict[str, Params] = {}
+        found: dict[str, dict[str, Any]] = {}
         for values in itertools.product(*self.sweep.values()) if self.sweep else ():
             tried = dict(zip(self.sweep, values, strict=True))
-            point = self.model_dump(mode="json", exclude={"sweep"})
+            name = _name_of_point(tried)
+            if name in found:
+                raise ValueError(f"sweep: two points would be called {name}: give each value once")
+            found[name] = tried
+        return found
+
+    def points(self) -> dict[str, "Params"]:
+        """The params of every combination of the values in ``sweep``, by its name.
+
+        Raises:
+            ValueError: a key is not to be swept, a combination is not allowed, or two are the same.
+        """
+        found: dict[str, Params] = {}
+        names: dict[str, str] = {}
+        for point, tried in self.combinations().items():
+            values = self.model_dump(mode="json", exclude={"sweep"})
             for name, value in tried.items():
-                _set(point, name, value)
-            told = ", ".join(f"{name}: {json.dumps(value)}" for name, value in tried.items())
+                _set(values, name, copy.deepcopy(value))
+            told = ", ".join(f"{name}: {_told(value)}" for name, value in tried.items())
             try:
-                found[_name_of_point(tried)] = Params.model_validate(point)
+                found[point] = params = Params.model_validate(values)
             except ValidationError as error:
                 sentences = _sentences(error, Params, f"sweep ({told})")
                 raise ValueError(sentences.rstrip(".")) from None
+            if (same := names.setdefault(params.model_dump_json(), point)) != point:
+                raise ValueError(
+                    f"sweep: the points {same} and {point} are the same run: give each value once"
+                )
         return found
-
-    @model_validator(mode="after")
-    def _sweepable(self) -> Self:
-        self.points()
-        return self
 
     @model_validator(mode="after")
     def _enough_to_hold_out(self) -> Self:
@@ -553,6 +579,11 @@ class Params(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _sweepable(self) -> Self:  # last, so that what is wrong without a sweep is told as such
+        self.points()
+        return self
+
 
 def _set(values: dict[str, Any], name: str, value: Any) -> None:
     """Set what a dotted ``name`` of the section ``sweep`` stands for."""
@@ -560,21 +591,34 @@ def _set(values: dict[str, Any], name: str, value: Any) -> None:
     place: Any = values
     for section in sections:
         place = place.get(section) if isinstance(place, dict) else None
-    if not name.startswith(("prune.", "distill.stages.")) or not isinstance(place, dict):
+    # All runs have the same stages, so a stage is no value to try.
+    is_of_a_stage = sections[:2] == ["distill", "stages"] and len(sections) > 2
+    if not (sections[0:1] == ["prune"] or is_of_a_stage) or not isinstance(place, dict):
         raise ValueError(
-            f"sweep.{name}: what can be swept are the keys of prune and of distill.stages.<stage>"
+            f"sweep.{name}: what can be swept are the keys of prune and of distill.stages.<stage>,"
+            " of a section that is null the whole"
         )
     place[last] = value
 
 
 def _name_of_point(tried: dict[str, Any]) -> str:
     """As a folder's name: ``ratio-0.5_all.lr-0.001``."""
-    parts = []
-    for name, value in tried.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        short = name.removeprefix("prune.").removeprefix("distill.stages.")
-        parts.append(f"{short}-{re.sub(r'[^0-9A-Za-z.+-]+', '-', text).strip('-')}")
-    return "_".join(parts)
+    name = "_".join(
+        f"{short_name(key)}-{re.sub(r'[^0-9A-Za-z.+-]+', '-', _told(value)).strip('-')}"
+        for key, value in tried.items()
+    )
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[: _LONGEST_NAME - 13]}-{fingerprint.key(_told(tried))}"
+
+
+def short_name(name: str) -> str:
+    """A key of ``sweep`` without what all of them begin with: ``ratio``, ``all.lr``."""
+    return name.removeprefix("prune.").removeprefix("distill.stages.")
+
+
+def _told(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def validate(values: dict[str, Any], source: str = "params.yaml") -> Params:

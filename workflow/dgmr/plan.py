@@ -6,7 +6,7 @@ what goes to disk are exact. Estimates carry a note that says what they assume.
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +19,9 @@ from dgmr.answers import bytes_per_view
 from dgmr.check import teacher_skeleton
 from dgmr.distill.learning import named
 from dgmr.files import readable
+from dgmr.keys import Keys
 from dgmr.mlps import PrunableMlp, mlps, recorded_mlp_inputs
 from dgmr.models import TimmModel, count_parameters, flops_by_module, input_size
-from dgmr.keys import Keys
 from dgmr.params import Data, Params, Prune, Stage, Teacher
 from dgmr.prune.block import TOKENS_AT_ONCE
 from dgmr.prune.widths import reach, students
@@ -104,11 +104,18 @@ def plan_run(config: Params) -> RunPlan:
         DgmrError: there is no such teacher, or it cannot be pruned to such widths.
     """
     teacher = teacher_skeleton(config.teacher)
-    built = students(teacher, config.prune, config.distill.stages)
+    runs = [
+        (run, students(teacher, run.prune, run.distill.stages))
+        for run in (config, *config.points().values())
+    ]
+    memory: dict[str, Size] = {}
+    for run, built in runs:
+        for job, size in _memory(run, teacher, built).items():
+            memory[job] = max(memory.get(job, size), size, key=lambda size: size.bytes or 0)
     return RunPlan(
-        _model_plan(config.teacher.model, teacher, list(built.values())[-1]),
-        _disk(config, teacher, built),
-        _memory(config, teacher, built),
+        _model_plan(config.teacher.model, teacher, list(runs[0][1].values())[-1]),
+        _disk(runs, teacher),
+        memory,
         jobs(config),
     )
 
@@ -234,7 +241,11 @@ def _component_of(name: str, component: Mapping[str, str]) -> str:
     return "other"
 
 
-def _disk(config: Params, teacher: TimmModel, built: Mapping[str, TimmModel]) -> dict[str, Size]:
+def _disk(
+    runs: Sequence[tuple[Params, Mapping[str, TimmModel]]], teacher: TimmModel
+) -> dict[str, Size]:
+    """Of all ``runs``, the first of which is that of the params themselves."""
+    config = runs[0][0]
     features = config.features
     tokens = _tokens(teacher)
     samples = config.data.n_samples
@@ -244,10 +255,14 @@ def _disk(config: Params, teacher: TimmModel, built: Mapping[str, TimmModel]) ->
         name: min(tokens[name], calibration.tokens) * mlp.in_features
         for name, mlp in mlps(teacher).items()
     }
-    stages = config.distill.stages
-    pruned_again = [built[name] for name, stage in stages.items() if stage.prune is not None]
-    models = [teacher, *built.values(), *pruned_again]
-    states = [_state_count(stage, built[name]) for name, stage in stages.items()]
+    models = [teacher]
+    states: dict[str, int] = {}
+    for run, built in runs:
+        keys, stages = Keys(run), run.distill.stages
+        models += built.values()
+        models += [built[name] for name, stage in stages.items() if stage.prune is not None]
+        # Runs that begin alike train what they have in common from the same checkpoints.
+        states |= {keys.distill(s): _state_count(stages[s], built[s]) for s in stages}
     sizes = {
         "shards": _shards(config.data),
         "evaluation shards": _evaluation_shards(config.data),
@@ -260,7 +275,7 @@ def _disk(config: Params, teacher: TimmModel, built: Mapping[str, TimmModel]) ->
             f"the teacher and {len(models) - 1} students in float32",
         ),
         "training checkpoints": Size(
-            (sum(states) + 2 * max(states)) * _FLOAT32,
+            (sum(states.values()) + 2 * max(states.values())) * _FLOAT32,
             "one of every stage that is done; while one trains, two and one that is written",
         ),
     }
@@ -518,6 +533,12 @@ def show_run(plan: RunPlan, console: Console) -> None:
             told = "unknown" if size.bytes is None else readable(size.bytes)
             table.add_row(name, told, size.note)
         console.print(table)
+    if points := plan.jobs["report"].get("report_point"):
+        console.print(
+            f"sweep: {points} runs besides this one; all share what comes before the pruning, and whatever"
+            " else is the same. Disk is of all runs, memory of the largest.",
+            highlight=False,
+        )
     table = Table("room", "jobs", "of the rules", box=box.SIMPLE)
     table.columns[1].justify = "right"
     for room, rules in plan.jobs.items():

@@ -122,19 +122,26 @@ def origin(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def write(path: Path, layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> str:
+def write(
+    path: Path,
+    layout: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    origin: dict[str, Any] | None = None,
+) -> str:
     """Write a safetensors file of ``tensors`` as they come, not atomically; SHA-256 of what was written.
 
     Args:
         path: the file.
         layout: tensors of the same names, dtypes and shapes, on any device, the meta device too.
         tensors: names and tensors, in the order of ``layout``.
+        origin: what the file is made of; timm's mark of a file for PyTorch where not given.
 
     Raises:
         ValueError: a tensor is not the one that the layout says.
     """
     expected = iter(layout.items())
-    digest = hashlib.sha256(header := _header(layout, {"format": "pt"}))
+    metadata = {"format": "pt"} if origin is None else {ORIGIN: json.dumps(origin)}
+    digest = hashlib.sha256(header := _header(layout, metadata))
     with path.open("wb") as file:
         file.write(header)
         for name, tensor in tensors:

@@ -22,7 +22,7 @@ rule check:
         "../../envs/dgmr.yaml"
     threads: 64
     params:
-        config=json.dumps(PARAMS.shaping() | {"sweep": PARAMS.model_dump(mode="json")["sweep"]}),
+        config=json.dumps(PARAMS.shaping() | {"sweep": PARAMS.sweep}),
         targets=lambda wildcards: TARGETS,
     message:
         "Checking the models, the tables and the disk"

@@ -15,10 +15,13 @@ SHARDS = f"work/data/{MAIN.shards}/shards"
 EVALUATION_SHARDS = f"work/data/{MAIN.evaluation_shards}/evaluation"
 
 
+# Where jobs run there may be no internet: what fetches stays here.
 localrules:
     data,
     download_images,
     evaluation_data,
+    fashion_table,
+    select_samples,
 
 
 rule fashion_table:
@@ -116,6 +119,7 @@ rule pack_evaluation:
         directory(EVALUATION_SHARDS),
     log:
         "logs/pack_evaluation.log",
+    localrule: PARAMS.data.eval.source == "fashion-mnist"
     conda:
         "../../envs/dgmr.yaml"
     params:

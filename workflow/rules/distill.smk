@@ -21,6 +21,16 @@ def start_of(wildcards):
     return ancient(stamp(folder, KEYS[wildcards.results].prune_again(wildcards.stage)))
 
 
+def rooms_of_stages(results):
+    """The stamps of a run's stages, and of what they prune before they begin."""
+    keys = KEYS[results]
+    again = [name for name, stage in keys.params.distill.stages.items() if stage.prune is not None]
+    return [
+        *(model_stamp(results, stage) for stage in STAGES),
+        *(stamp(f"{results}/distill/pruned/{name}", keys.prune_again(name)) for name in again),
+    ]
+
+
 localrules:
     distill,
 
@@ -37,7 +47,7 @@ rule prune_again:
     log:
         "logs/{results}/prune_again/{stage}-{key}.log",
     benchmark:
-        "work/benchmark/prune_again/{results}/{stage}-{key}.tsv"
+        "work/benchmark/prune_again/{key}/{results}/{stage}.tsv"
     conda:
         "../../envs/dgmr.yaml"
     threads: 8
@@ -78,7 +88,7 @@ rule distill_stage:
     log:
         "logs/{results}/distill/{stage}-{key}.log",
     benchmark:
-        "work/benchmark/distill_stage/{results}/{stage}-{key}.tsv"
+        "work/benchmark/distill_stage/{key}/{results}/{stage}.tsv"
     conda:
         "../../envs/dgmr.yaml"
     threads: 8
@@ -86,6 +96,7 @@ rule distill_stage:
         mem_mb=16000,
         runtime=720,
         gpu=1,
+        nodes=1,
         processes=DISTILL.processes,
         workers="auto" if DISTILL.workers is None else str(DISTILL.workers),
         shard_above=DISTILL.shard_above,
@@ -100,16 +111,31 @@ rule distill_stage:
         folder=folder_of("output"),
     message:
         "Distilling, stage {wildcards.stage}"
+    # Schedulers send SIGTERM to every process of a job: bash and tee outlast it, or the trainer would be
+    # killed with the job before it has saved.
     shell:
-        "python -m dgmr distill train --stage {wildcards.stage} --parent {params.parent}"
+        "trap : TERM INT; python -m dgmr distill train --stage {wildcards.stage} --parent {params.parent}"
         " --teacher {params.teacher} --data {params.data} --features {params.features}"
         " --config {params.config:q} --output {params.folder} --runs work/distill/{wildcards.key}"
-        " --gpus {resources.gpu} --processes {resources.processes} --workers {resources.workers}"
-        " --shard-above {resources.shard_above}"
+        " --gpus {resources.gpu} --nodes {resources.nodes} --processes {resources.processes}"
+        " --workers {resources.workers} --shard-above {resources.shard_above}"
         " --checkpoint-every-s {resources.checkpoint_every_s}"
-        " --max-bad-steps {resources.max_bad_steps} 2>&1 | tee {log}"
+        " --max-bad-steps {resources.max_bad_steps} 2>&1 | (trap '' TERM INT; tee {log})"
 
 
 rule distill:
     input:
-        [model_stamp("results", stage) for stage in STAGES],
+        ancient(rooms_of_stages("results")),
+    output:
+        touch(stamp("results/distill", MAIN.distilled)),
+    log:
+        "logs/distill.log",
+    conda:
+        "../../envs/dgmr.yaml"
+    params:
+        folder=folder_of("output"),
+        kept=lambda wildcards, input: [os.path.dirname(stage) for stage in input],
+    message:
+        "Leaving nothing but these stages in {params.folder}"
+    shell:
+        "python -m dgmr tidy {params.folder} {params.kept} 2>&1 | tee {log}"

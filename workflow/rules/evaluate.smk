@@ -1,12 +1,23 @@
 # Evaluate: accuracy, agreement with the teacher, size and speed of every model in the chain.
 
-# By the key of a score: the run and the model it is of.
+
+def made_last(models):
+    """The runs and their keys, those that have all of ``models`` at the end."""
+
+    def is_made(run):
+        return all(os.path.exists(model_stamp(run[0], model)) for model in models)
+
+    return sorted(KEYS.items(), key=is_made)
+
+
+# By the key of a score: the run and the model it is of. Of the runs that share it one that is made, lest
+# the points of a sweep wait for the main run's rooms, or it for theirs.
 SCORES = {
     keys.evaluation(model): (results, model)
-    for results, keys in KEYS.items()
-    for model in keys.models
+    for model in MAIN.models
+    for results, keys in made_last([model])
 }
-SPEEDS = {keys.speed: results for results, keys in KEYS.items()}
+SPEEDS = {keys.speed: results for results, keys in made_last(MAIN.models)}
 
 
 def scores_of(results):
@@ -34,7 +45,7 @@ rule evaluate_model:
     log:
         "logs/evaluate/{key}.log",
     benchmark:
-        "work/benchmark/evaluate_model/{key}.tsv"
+        "work/benchmark/evaluate_model/{key}/evaluate.tsv"
     conda:
         "../../envs/dgmr.yaml"
     threads: 8
@@ -86,9 +97,7 @@ rule measure_speed:
 rule gather:
     input:
         lambda wildcards: ancient(scores_of(wildcards.results).values()),
-        speed=lambda wildcards: ancient(
-            f"work/evaluate/speed/{KEYS[wildcards.results].speed}.json"
-        ),
+        speed=lambda wildcards: ancient(f"work/evaluate/speed/{KEYS[wildcards.results].speed}.json"),
     output:
         touch("{results}/evaluate/{key}.stamp"),
     log:

@@ -24,7 +24,7 @@ rule targets:
     log:
         "logs/targets/{job}.log",
     benchmark:
-        "work/benchmark/targets/{job}.tsv"
+        f"work/benchmark/targets/{MAIN.targets}/{{job}}.tsv"
     conda:
         "../../envs/dgmr.yaml"
     threads: 8
@@ -53,7 +53,7 @@ rule calibration:
     log:
         "logs/calibration.log",
     benchmark:
-        "work/benchmark/calibration.tsv"
+        f"work/benchmark/calibration/{MAIN.calibration}/calibration.tsv"
     conda:
         "../../envs/dgmr.yaml"
     threads: 8

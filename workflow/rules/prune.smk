@@ -77,7 +77,7 @@ rule saliency:
     log:
         "logs/saliency/{key}.log",
     benchmark:
-        "work/benchmark/saliency/{key}.tsv"
+        "work/benchmark/saliency/{key}/saliency.tsv"
     conda:
         "../../envs/dgmr.yaml"
     threads: 8

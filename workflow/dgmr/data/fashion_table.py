@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from dgmr import fashion_mnist
-from dgmr.files import replaced
+from dgmr.files import replaced_files
 
 
 def make(table: Path, download_folder: Path) -> None:
@@ -21,10 +21,7 @@ def make(table: Path, download_folder: Path) -> None:
     ``similarity`` is null, for there is no CLIP score; ``punsafe`` is 0: they are clothes.
     """
     images, labels = fashion_mnist.load("train", download_folder)
-    (table.parent / "images").mkdir(parents=True, exist_ok=True)
     urls = [f"images/{row:05d}.png" for row in range(len(images))]
-    for url, image in zip(urls, images, strict=True):
-        Image.fromarray(image).save(table.parent / url, compress_level=1)
     count, height, width = images.shape
     columns = {
         "URL": urls,
@@ -34,5 +31,8 @@ def make(table: Path, download_folder: Path) -> None:
         "similarity": pa.nulls(count, pa.float64()),
         "punsafe": np.zeros(count),
     }
-    with replaced(table) as partial:
-        pq.write_table(pa.table(columns), partial)
+    with replaced_files(table.parent, table.name) as folder:
+        (folder / "images").mkdir()
+        for url, image in zip(urls, images, strict=True):
+            Image.fromarray(image).save(folder / url, compress_level=1)
+        pq.write_table(pa.table(columns), folder / table.name)

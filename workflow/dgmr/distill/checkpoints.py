@@ -7,6 +7,7 @@
         state.safetensors     student, optimizer, average of the weights
         state.json            the hash of that, the history, the skipped steps, and a hash of these
       bad_steps.json          pairs of steps that were skipped, where there are any
+      training.lock           while it is trained: by whom
 
 The two newest are kept. Random numbers and the learning rate are functions of the step, and the order
 of the pairs one of their position, so none of them has to be saved. Nothing here depends on how many
@@ -66,7 +67,7 @@ def save(
     content = each_whole(named.items())
     if group.is_first:
         for leftover in folder.glob("step-*.*"):  # of a writer that was killed
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         with replaced_folder(folder / f"step-{step:08d}") as partial:
             file = partial / _STATE
             written = weights.write(file, named, content)

@@ -5,6 +5,8 @@ With one process all of this comes to nothing.
 
 import contextlib
 import os
+import shutil
+import socket
 import sys
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -38,27 +40,55 @@ class Processes(NamedTuple):
         return self.rank == 0
 
 
-def launch(count: int) -> None:
+def launch(count: int, nodes: int = 1) -> None:
     """Replace this process by torchrun with ``count`` processes of the same command.
 
-    Returns where there is nothing to be launched: one process, or already one of torchrun's.
+    On several ``nodes``, all of the Slurm job that runs here, srun starts a torchrun on each with its
+    share. Returns where there is nothing to be launched: one process, or already one of torchrun's.
 
     Raises:
-        DgmrError: the machine has accelerators, but not so many.
+        DgmrError: the nodes cannot share the processes, or are not those of a Slurm job; or this
+            machine has accelerators, but not so many.
     """
-    if count == 1 or distributed.is_torchelastic_launched():
+    if count == nodes == 1 or distributed.is_torchelastic_launched():
         return
-    if 0 < torch.accelerator.device_count() < count:
+    share, rest = divmod(count, nodes)
+    if rest or not share:
         raise DgmrError(
-            f"distill: {count} processes want an accelerator each, but this machine has"
+            f"distill: {nodes} nodes cannot share {count} processes evenly: make the job's gpu (or"
+            " distill.processes) a multiple of its nodes."
+        )
+    if 0 < torch.accelerator.device_count() < share:
+        raise DgmrError(
+            f"distill: {share} processes want an accelerator each, but this machine has"
             f" {torch.accelerator.device_count()}: lower distill.processes, or the job's gpu."
         )
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    srun, meeting = ([], ["--standalone"]) if nodes == 1 else _across(nodes)
+    torchrun = ["-m", "torch.distributed.run", *meeting, f"--nproc-per-node={share}"]
     torchrun.append(f"--shutdown-timeout={_TIME_TO_SAVE_S}")
-    command = [sys.executable, "-m", *torchrun, "-m", "dgmr", *sys.argv[1:]]
+    command = [*srun, sys.executable, *torchrun, "-m", "dgmr", *sys.argv[1:]]
     # They share the threads of this one.
-    threads = {"OMP_NUM_THREADS": str(max(torch.get_num_threads() // count, 1))}
-    os.execve(sys.executable, command, os.environ | threads)  # noqa: S606 - our own command
+    threads = {"OMP_NUM_THREADS": str(max(torch.get_num_threads() // share, 1))}
+    os.execvpe(command[0], command, os.environ | threads)  # noqa: S606 - our own command
+
+
+def _across(nodes: int) -> tuple[list[str], list[str]]:
+    """srun's part of the command line and torchrun's, for a torchrun on each node of this job."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job or shutil.which("srun") is None:
+        raise DgmrError(
+            f"distill: {nodes} nodes are for jobs of Slurm, and this is none: leave the resource"
+            " nodes at 1."
+        )
+    # A job's script runs on the first of its nodes, so they meet here.
+    with socket.socket() as free:
+        free.bind(("", 0))
+        here = f"{socket.gethostname()}:{free.getsockname()[1]}"
+    # No binding: each torchrun has all cores that the job has on its node.
+    srun = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    srun += ["--cpu-bind=none", "--kill-on-bad-exit=1"]
+    meeting = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={here}"]
+    return srun, [*meeting, f"--rdzv-id={job}"]
 
 
 @contextlib.contextmanager

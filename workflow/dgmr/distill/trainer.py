@@ -15,10 +15,18 @@ from dgmr import artefact
 from dgmr.distill import checkpoints
 from dgmr.distill.history import History
 from dgmr.distill.learner import Learner, Measured, Teacher
+from dgmr.distill.live import Live
 from dgmr.distill.pairs import Batch, Batches, PairOrder, Pairs
-from dgmr.distill.parallel import Processes, each_whole, gathered, processes, wait_for_all
+from dgmr.distill.parallel import (
+    Processes,
+    each_whole,
+    gathered,
+    processes,
+    summed,
+    wait_for_all,
+)
 from dgmr.errors import DgmrError, Stopped, told_of
-from dgmr.files import sha256, write_json
+from dgmr.files import alone, sha256, write_json
 from dgmr.fingerprint import code, key
 from dgmr.models import TimmModel, loader_workers
 from dgmr.params import Running, Stage
@@ -29,6 +37,7 @@ log = logging.getLogger(__name__)
 HISTORY = "history.json"
 BAD_STEPS = "bad_steps.json"
 _ASKING = (signal.SIGTERM, signal.SIGINT)
+_LONGEST_WAIT_S = 1800
 
 
 def train(
@@ -49,11 +58,11 @@ def train(
     checkpoint in ``runs``, where it has a folder of its own, bit by bit as if it had not been.
 
     Raises:
-        DgmrError: the features are another teacher's or about other views, or too many steps had a
-            loss or gradient that is no finite number.
+        DgmrError: the features are another teacher's or about other views, too many steps had a
+            loss or gradient that is no finite number, or another process is still training this run.
         Stopped: by SIGTERM or SIGINT; a checkpoint has been saved.
     """
-    with processes() as group, _stop_asked() as stop_asked:
+    with processes() as group, _stop_asked() as stop_asked, contextlib.ExitStack() as held:
         _check_share(name, config, group)
         manifest = Manifest(features)
         manifest.check_teacher(artefact.provenance(teacher)["sha256"])
@@ -61,6 +70,8 @@ def train(
         student, skeleton = artefact.load(parent), artefact.skeleton(parent)
         pairs = Pairs(data, features, student, verify=group.is_first)
         wait_for_all(group)  # the first one verifies for all
+        run = runs / _run_key(parent, manifest, pairs, config)
+        held.enter_context(_sole_training(run, name, group, stop_asked))
         transform = pairs.transform
         with told_of(f"distill.stages.{name}.train"):
             learner = Learner(student, skeleton, config, asked, transform, group, shard_above)
@@ -68,7 +79,6 @@ def train(
         if pairs.targets is None:
             online = Teacher(artefact.load(teacher), asked, group, shard_above)
 
-        run = runs / _run_key(parent, manifest, pairs, config)
         steps = config.samples // config.batch_size
         first, history, bad_steps = 0, History(steps), []
         if found := checkpoints.newest(run):
@@ -78,6 +88,8 @@ def train(
             if group.is_first:
                 log.info("distill %s: going on after step %d of %d", name, first, steps)
 
+        parent_sha256 = artefact.provenance(parent)["sha256"]
+        live = Live(run, name, config, steps, parent_sha256, output)
         order = PairOrder(len(pairs.images), asked.views.count, config.seed)
         loader = DataLoader(
             pairs,
@@ -110,6 +122,8 @@ def train(
                     about = {"history": history.state(), "bad_steps": bad_steps}
                     checkpoints.save(run, done, learner.state(), about, group)
                     saved_at = time.monotonic()
+                if group.is_first:
+                    live.write_if_due(done, history)
                 if measured.asks["stop"] and done < steps:
                     raise Stopped(
                         f"distill {name}: stopped after step {done} of {steps}, and saved; the same"
@@ -118,7 +132,7 @@ def train(
 
         provenance = {
             "stage": f"distill {name}",
-            "parent_sha256": artefact.provenance(parent)["sha256"],
+            "parent_sha256": parent_sha256,
             "config": config.model_dump(mode="json"),
             "samples": total,
             "skipped_steps": len(bad_steps),
@@ -179,6 +193,34 @@ def _leave_signals_to_the_trainer(_worker: int) -> None:
     """They go to all processes of a job; what the loader has begun is still wanted."""
     for number in _ASKING:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _sole_training(
+    run: Path, name: str, group: Processes, stop_asked: Callable[[], bool]
+) -> Iterator[None]:
+    """Within the block no other job trains ``run``, such as one whose Snakemake was killed; waits for it.
+
+    The first process has the lock. The others ask it time and again, for one long wait would be more
+    than the process group's patience.
+    """
+
+    def agreed(is_ours: bool) -> bool:
+        ours, stops = summed([float(is_ours), float(stop_asked())], group)
+        if stops and not ours:
+            raise Stopped(
+                f"distill {name}: stopped while another process was training the same run."
+            )
+        return bool(ours)
+
+    if group.is_first:
+        with alone(run / "training", _LONGEST_WAIT_S, lambda: agreed(False)):
+            agreed(True)
+            yield
+    else:
+        while not agreed(False):
+            pass
+        yield
 
 
 def _bad_step(

@@ -1,16 +1,14 @@
 """The order of every block's hidden units, on its own file, redone on its own."""
 
-import json
 import time
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from dgmr import artefact, weights
 from dgmr.errors import DgmrError
-from dgmr.files import ORIGIN, replaced, write_json
+from dgmr.files import replaced, write_json
 from dgmr.mlps import mlps
 from dgmr.params import Ordering
 from dgmr.progress import progress
@@ -51,6 +49,8 @@ def compute(
     }
     seconds = 0.0
     stale = [(n, mlp) for n, mlp in blocks if weights.origin(output / f"{n}.safetensors") != origin]
+    listing = output / f"part-{part}-of-{config.parts}.json"
+    listing.unlink(missing_ok=True)  # it vouches for files that may change now
     with progress("orders", len(stale), "MLPs") as advance:
         for name, mlp in stale:
             started = time.monotonic()
@@ -62,10 +62,11 @@ def compute(
                 raise DgmrError(f"{teacher / artefact.WEIGHTS}: {name}: {error}") from None
             seconds += time.monotonic() - started
             with replaced(output / f"{name}.safetensors") as partial:
-                save_file(order._asdict(), partial, metadata={ORIGIN: json.dumps(origin)})
+                named = order._asdict()
+                weights.write(partial, named, named.items(), origin)
             advance(1)
     listed = {"blocks": [name for name, _ in blocks], "origin": origin, "seconds": seconds}
-    write_json(output / f"part-{part}-of-{config.parts}.json", listed)
+    write_json(listing, listed)
 
 
 def load(folder: Path, weights_sha256: str) -> dict[str, Order]:

@@ -1,17 +1,16 @@
 """The compensated fc2 of every block, on its own file."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dgmr import artefact, weights
 from dgmr.errors import DgmrError
-from dgmr.files import ORIGIN, replaced, write_json
+from dgmr.files import replaced, write_json
 from dgmr.fingerprint import key
 from dgmr.images import calibration_images, some_tokens
 from dgmr.mlps import PrunableMlp, mlps
@@ -62,6 +61,8 @@ def compute(
     manifest.check_teacher(plan.weights_sha256)
     report: dict[str, Any] = {}
     names = [name for name in list(plan.found)[part :: config.parts] if name in plan.kept]
+    listing = output / f"part-{part}-of-{config.parts}.json"
+    listing.unlink(missing_ok=True)  # it vouches for files that may change now
     with progress("refits", len(names), "MLPs") as advance:
         for name in names:
             path = output / f"{name}.safetensors"
@@ -75,7 +76,7 @@ def compute(
                 _save(_solved(squares, name, config), pruned, plan.origin(name), path)
             report[name] = _about(path, plan.origin(name))
             advance(1)
-    write_json(output / f"part-{part}-of-{config.parts}.json", report)
+    write_json(listing, report)
 
 
 def compute_sequential(
@@ -87,8 +88,9 @@ def compute_sequential(
     as a single part.
     """
     plan = _planned(teacher, orders, config)
-    report = sequential(plan, teacher, data, features, output)
-    write_json(output / "part-0-of-1.json", report)
+    listing = output / "part-0-of-1.json"
+    listing.unlink(missing_ok=True)
+    write_json(listing, sequential(plan, teacher, data, features, output))
 
 
 @torch.inference_mode()
@@ -197,9 +199,8 @@ def _save(fold: Fold, pruned: PrunableMlp, origin: dict[str, Any], path: Path) -
         "error_plain": fold.error_plain,
         "error_refit": fold.error_refit,
     }
-    metadata = {ORIGIN: json.dumps(origin | {"about": about})}
     with replaced(path) as partial:
-        save_file(tensors, partial, metadata=metadata)
+        weights.write(partial, tensors, tensors.items(), origin | {"about": about})
 
 
 def _about(path: Path, origin: dict[str, Any]) -> dict[str, float] | None:

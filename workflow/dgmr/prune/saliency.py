@@ -7,16 +7,14 @@ d(r . features) / dm_j = sum over tokens of a_j * d(r . features) / da_j, image 
 score on the distillation loss is exactly zero at the dense model, where that loss is least.)
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dgmr import artefact
-from dgmr.files import ORIGIN, replaced_folder
+from dgmr import artefact, weights
+from dgmr.files import replaced_folder
 from dgmr.images import calibration_images, count_of
 from dgmr.mlps import mlps
 from dgmr.models import device, outputs
@@ -63,11 +61,8 @@ def compute(teacher: Path, data: Path, features: Features, seed: int, output: Pa
     origin = {"teacher_sha256": artefact.provenance(teacher)["sha256"]}
     with replaced_folder(output) as folder:
         for name, total in scores.items():
-            save_file(
-                {"scores": total / count},
-                folder / f"{name}.safetensors",
-                metadata={ORIGIN: json.dumps(origin)},
-            )
+            named = {"scores": total / count}
+            weights.write(folder / f"{name}.safetensors", named, named.items(), origin)
 
 
 def _probe(features: Tensor, generator: torch.Generator) -> Tensor:

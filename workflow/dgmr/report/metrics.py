@@ -61,11 +61,11 @@ def read(results: Path, stages: list[str], shared: Path) -> Results:
     provenance = {model: artefact.provenance(folder) for model, folder in folders.items()}
     _check_chain(folders, provenance)
     speed_file = results / "evaluate" / "speed.json"
-    speed = _read(speed_file)
+    speed = load(speed_file)
     models = {}
     for model in folders:
         file = results / "evaluate" / f"{model}.json"
-        evaluation = _read(file)
+        evaluation = load(file)
         _check_weights(file, evaluation["sha256"], folders[model], provenance[model])
         _check_weights(file, evaluation["teacher_sha256"], folders[TEACHER], provenance[TEACHER])
         _check_weights(speed_file, speed["sha256"].get(model), folders[model], provenance[model])
@@ -74,10 +74,10 @@ def read(results: Path, stages: list[str], shared: Path) -> Results:
         folders=folders,
         provenance=provenance,
         models=models,
-        histories={stage: _read(folders[stage] / "history.json") for stage in stages},
+        histories={stage: load(folders[stage] / "history.json") for stage in stages},
         speed=speed,
-        blocks=_read(folders[PRUNED] / "blocks.json"),
-        data=_read(shared / "data" / "metrics.json"),
+        blocks=load(folders[PRUNED] / "blocks.json"),
+        data=load(shared / "data" / "metrics.json"),
     )
 
 
@@ -140,7 +140,12 @@ def _check_chain(folders: dict[str, Path], provenance: dict[str, Row]) -> None:
             )
 
 
-def _read(file: Path) -> Any:
+def load(file: Path) -> Any:
+    """What a JSON file of a run says.
+
+    Raises:
+        DgmrError: it is missing.
+    """
     if not file.is_file():
         raise DgmrError(f"{file} is missing: run snakemake again, it makes what is missing.")
     return read_json(file)

@@ -1,67 +1,24 @@
 """One HTML page for people, beside the flat files for machines and the exported student."""
 
-import io
 import math
 import re
 import shutil
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from datetime import date
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-import matplotlib
 import yaml
-from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from dgmr.files import replaced, replaced_folder, write_json
-from dgmr.report import card, metrics
+from dgmr.files import replaced_files, write_json
+from dgmr.params import short_name
+from dgmr.report import card, charts, metrics, sweep
 from dgmr.report.metrics import PRUNED, STUDENT, TEACHER, Results, Row
 
-METRICS, CURVES, PAGE = "metrics.json", "curves.json", "report.html"
+METRICS, CURVES, SWEEP, PAGE = "metrics.json", "curves.json", "sweep.json", "report.html"
 _DASH = "–"
-# Charts are drawn in these colours, then named after the page's, so they follow its dark mode.
-_INK, _MUTED, _RULE, _ACCENT, _SECOND = (f"#00000{digit}" for digit in range(1, 6))
-_PAGE_COLOURS = {
-    _INK: "var(--ink)",
-    _MUTED: "var(--muted)",
-    _RULE: "var(--rule)",
-    _ACCENT: "var(--accent)",
-    _SECOND: "var(--second)",
-}
-_CURVE_COLOURS = {"loss": _INK, "patch_tokens": _ACCENT, "pooled": _SECOND, "blocks": _MUTED}
-_CURVE_NAMES = {
-    "loss": "weighted loss",
-    "patch_tokens": "patch tokens",
-    "pooled": "pooled output",
-    "blocks": "blocks",
-}
-_CHART_STYLE: dict[Any, Any] = {
-    "axes.edgecolor": _MUTED,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.labelcolor": _MUTED,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 9,
-    "grid.color": _RULE,
-    "grid.linewidth": 0.7,
-    "svg.fonttype": "none",  # text stays text, in the page's font
-    "text.color": _INK,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "ytick.left": False,
-    "ytick.minor.left": False,
-}
-_CHART_INCHES = (4.7, 3.3)
-_SPARK_POINTS = 80
-_SPARK_WIDTH, _SPARK_HEIGHT = 120, 24
 
 
 def report(
@@ -70,39 +27,53 @@ def report(
     params: dict[str, Any],
     output: Path,
     shared: Path,
-    points: Sequence[Path] = (),
+    swept: Mapping[Path, Row] | None = None,
 ) -> None:
     """Write what the files in ``results`` say of the chain to ``output``.
 
-    ``student/`` (the last stage's artefact, with a model card), ``metrics.json``, ``curves.json`` and,
-    last, ``report.html``. ``params`` are the resolved ones, for card and page; teacher and data are in
-    ``shared``; ``points`` are the results of a sweep's points, which the page compares.
+    ``report.html``, ``metrics.json``, ``curves.json``, with a sweep ``sweep.json`` and, last, ``student/``
+    (the last stage's artefact, with a model card).
+
+    Args:
+        results: of the run.
+        stages: names, in their order.
+        params: the resolved ones, for card and page.
+        output: where all is written.
+        shared: where teacher and data are.
+        swept: by their results, the run itself and the points of its sweep, which have their reports:
+            the values of the swept keys.
 
     Raises:
         DgmrError: a file is missing, or is about other weights than those that are there.
     """
     found = metrics.read(results, stages, shared)
     flat, curves = metrics.flat(found), metrics.curves(found)
-    with replaced_folder(output / STUDENT) as partial:
+    runs = sweep.gather(swept or {}, results, flat)
+    text = card.render(found, params, _figures(found))
+    page = render(found, flat, curves, params, runs)
+    if not runs:
+        (output / SWEEP).unlink(missing_ok=True)  # of a sweep that is no more
+    # The student's folder has the stamp of them all, so it is what vouches for the others.
+    with replaced_files(output, STUDENT) as folder:
+        write_json(folder / METRICS, flat)
+        write_json(folder / CURVES, curves)
+        if runs:
+            write_json(folder / SWEEP, runs)
+        (folder / PAGE).write_text(page, encoding="utf-8")
         # Bytes of its own: who edits the exported student must not edit the stage's result.
-        shutil.copytree(
-            found.folders[found.last_stage],
-            partial,
-            copy_function=shutil.copyfile,
-            ignore=shutil.ignore_patterns("*.stamp"),
-            dirs_exist_ok=True,
-        )
-        text = card.render(found, params, _figures(found))
-        (partial / card.CARD).write_text(text, encoding="utf-8")
-    write_json(output / METRICS, flat)
-    write_json(output / CURVES, curves)
-    page = render(found, flat, curves, params)
-    with replaced(output / PAGE) as partial:
-        partial.write_text(page, encoding="utf-8")
+        (folder / STUDENT).mkdir()
+        for path in found.folders[found.last_stage].iterdir():
+            if path.suffix != ".stamp":
+                shutil.copyfile(path, folder / STUDENT / path.name)
+        (folder / STUDENT / card.CARD).write_text(text, encoding="utf-8")
 
 
 def render(
-    found: Results, flat: dict[str, float], curves: list[Row], params: dict[str, Any]
+    found: Results,
+    flat: dict[str, float],
+    curves: list[Row],
+    params: dict[str, Any],
+    runs: list[Row],
 ) -> str:
     """The page's HTML."""
     environment = jinja2.Environment(
@@ -112,7 +83,13 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": _count, "share": _share}
+    environment.filters |= {
+        "count": _count,
+        "share": _share,
+        "significant": _significant,
+        "value": sweep.shown,
+        "short": short_name,
+    }
     today = date.today()
     accuracy = "top1" if "top1" in found.models[TEACHER] else "cosine"
     return environment.get_template("template.html.jinja").render(
@@ -124,10 +101,15 @@ def render(
         evaluation=found.models[TEACHER],
         margin=_margin(found.models[TEACHER]),
         speed=found.speed,
-        loss_chart=_loss_chart(curves),
-        loss_keys={n: text for n, text in _CURVE_NAMES.items() if any(n in row for row in curves)},
-        size_chart=_size_chart(found, accuracy),
-        size_chart_shows={"top1": "Top-1 accuracy", "cosine": "Cosine to the teacher"}[accuracy],
+        loss_chart=charts.loss(curves),
+        loss_keys={
+            n: text for n, text in charts.CURVE_NAMES.items() if any(n in row for row in curves)
+        },
+        size_chart=charts.size(found, accuracy),
+        accuracy=accuracy,
+        accuracy_title={"top1": "Top-1 accuracy", "cosine": "Cosine to the teacher"}[accuracy],
+        runs=runs,
+        sweep_chart=sweep.chart(runs, accuracy) if runs else None,
         blocks=[_block_row(name, block) for name, block in found.blocks.items()],
         block_summary=_block_summary(list(found.blocks.values())),
         samples=found.data["samples"],
@@ -248,7 +230,7 @@ def _block_row(name: str, block: Row) -> Row:
         "error_refit": block.get("error_refit"),
         "ridge": block.get("ridge"),
         "at_cut": norms[ordered - 1] / (norms[0] or 1.0),
-        "spark": _spark(norms, ordered),
+        "spark": charts.spark(norms, ordered),
     }
 
 
@@ -263,30 +245,6 @@ def _block_summary(blocks: list[Row]) -> Row:
             name: statistics.median(block[name] for block in refitted) if refitted else None
             for name in ("error_plain", "error_refit")
         },
-    }
-
-
-def _spark(norms: list[float], kept: int) -> dict[str, Any]:
-    """Outlines of the areas under the ``norms`` of kept and of dropped units, for SVG."""
-    largest = max(norms) or 1.0
-
-    def area(start: int, stop: int) -> str:
-        # Both ends belong to the outline, however wide the steps between them.
-        step = math.ceil((stop - start) / _SPARK_POINTS) or 1
-        places = [*range(start, stop, step), stop]
-        points = [
-            f"{_SPARK_WIDTH * i / len(norms):.1f},"
-            f"{_SPARK_HEIGHT * (1 - norms[min(i, len(norms) - 1)] / largest):.1f}"
-            for i in places
-        ]
-        first, last = points[0].split(",")[0], points[-1].split(",")[0]
-        return f"M{first},{_SPARK_HEIGHT} L{' '.join(points)} L{last},{_SPARK_HEIGHT} Z"
-
-    return {
-        "width": _SPARK_WIDTH,
-        "height": _SPARK_HEIGHT,
-        "kept": area(0, kept),
-        "dropped": area(kept, len(norms)) if kept < len(norms) else None,
     }
 
 
@@ -311,101 +269,6 @@ def _data_tables(data: Row) -> list[Row]:
             "counts": [*images.items(), ("training images", fine)],
         },
     ]
-
-
-def _loss_chart(curves: list[Row]) -> Markup:
-    """Loss and its terms (log scale) over the samples of all stages, with the stages' names."""
-
-    def draw(axes: Axes) -> None:
-        samples = [row["samples"] for row in curves]
-        for name, colour in _CURVE_COLOURS.items():
-            if not any(name in row for row in curves):
-                continue
-            values = [row.get(name, math.nan) for row in curves]  # a gap where a stage has no such
-            axes.plot(samples, values, color=colour, linewidth=1.4, marker="o", markersize=1.8)
-        axes.set(xlabel="distillation samples", yscale="log", xlim=(0, samples[-1]))
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        low, high = axes.get_ylim()
-        decades = math.log10(high / low)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        start = 0
-        for stage, rows in groupby(curves, key=lambda row: row["stage"]):
-            end = list(rows)[-1]["samples"]
-            axes.text(
-                (start + end) / 2, 1.03, stage, transform=axes.get_xaxis_transform(), ha="center"
-            )
-            if start:
-                axes.axvline(start, color=_MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
-            start = end
-
-    return _chart("loss", "Loss curves", draw)
-
-
-def _size_chart(found: Results, accuracy: str) -> Markup:
-    """``accuracy`` (top1 or cosine) of every model against its parameters."""
-    # The teacher is not compared with itself: its cosine is 1.
-    points = [
-        (name, values["params"] / 1e6, values.get(accuracy, 1.0))
-        for name, values in found.models.items()
-    ]
-    show = {"top1": lambda value: f"{value:.1f}%", "cosine": lambda value: f"{value:.4f}"}[accuracy]
-
-    def draw(axes: Axes) -> None:
-        widest = max(x for _, x, _ in points)
-        axes.margins(y=0.15)
-        _, xs, ys = zip(*points[1:], strict=True)
-        axes.plot(xs, ys, color=_MUTED, linewidth=0.8, zorder=1)
-        for name, x, y in points:
-            colour = {TEACHER: _INK, found.last_stage: _ACCENT}.get(name, _MUTED)
-            axes.plot(x, y, "o", color=colour, markersize=7)
-        low, high = axes.get_ylim()
-        places = _apart([y for *_, y in points[1:]], 0.07 * (high - low))
-        axes.set_ylim(low, max(high, *(place + 0.07 * (high - low) for place in places)))
-        for (name, x, y), place in zip(points, [points[0][2], *places], strict=True):
-            right = name == TEACHER or x < 0.6 * widest
-            axes.annotate(
-                f"{name} {show(y)}",
-                (x, place),
-                xytext=(8 if right else -8, 0),
-                textcoords="offset points",
-                ha="left" if right else "right",
-                va="center",
-                weight="bold" if name == found.last_stage else "normal",
-            )
-        # Room on the right for the teacher's label.
-        axes.set(xlabel="parameters, M", xlim=(0, 1.45 * widest))
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-
-    return _chart("size", f"{accuracy} against parameters", draw)
-
-
-def _apart(values: Sequence[float], gap: float) -> list[float]:
-    """The ``values``, pushed up where they are closer to each other than ``gap``."""
-    places = list(values)
-    previous = -math.inf
-    for index in sorted(range(len(places)), key=places.__getitem__):
-        places[index] = previous = max(places[index], previous + gap)
-    return places
-
-
-def _chart(name: str, label: str, draw: Callable[[Axes], None]) -> Markup:
-    """What ``draw`` draws, as SVG to stand within a page beside others."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({**_CHART_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=_CHART_INCHES, layout="constrained")
-        draw(figure.subplots())
-        figure.savefig(buffer, format="svg", transparent=True)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # figure_1 and so on: the same in every chart
-    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]+")[^>]*>', r"<svg \1 role='img'>", svg, count=1)
-    for drawn, named in _PAGE_COLOURS.items():
-        svg = svg.replace(drawn, named)
-    return Markup(svg)
 
 
 def _count(number: int) -> str:

@@ -1,0 +1,174 @@
+"""profiles/slurm with a real Slurm: what it does to jobs, and what becomes of them."""
+
+import hashlib
+import os
+import re
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+PROFILE = Path(__file__).parents[2] / "profiles/slurm/config.yaml"
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY"}
+STEPS = 24
+# Every room, and few jobs a room. Steps take a second or so: what is killed at once has not saved.
+MLP = {"train": "mlp", "samples": STEPS * 6400, "batch_size": 6400, "lr": 1e-3, "min_lr": 1e-5}
+SMALL = {
+    "data__n_samples": 200,
+    "prune__parts": 1,
+    "distill__stages": {"mlp": MLP},
+    "distill__checkpoint_every_s": 1,
+    "mlflow__tracking_uri": None,
+}
+
+
+def site(folder, **distill_stage):
+    """The profile as this site edits it; gives the options that name it."""
+    profile = yaml.safe_load(PROFILE.read_text())
+    profile |= {"latency-wait": 10, "slurm-status-command": "squeue"}
+    profile |= {"slurm-init-seconds-before-status-checks": 5, "slurm-keep-successful-logs": True}
+    profile["set-resources"]["distill_stage"] |= distill_stage
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(profile))
+    return "--workflow-profile", str(folder)
+
+
+def rules_of(place):
+    """Those whose jobs were on the cluster."""
+    return {path.name.removeprefix("rule_") for path in (place / "logs/slurm").iterdir()}
+
+
+def models(place):
+    found = (place / "results").rglob("model.safetensors")
+    return {
+        str(path.relative_to(place.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in found
+    }
+
+
+def test_jobs_go_through_sbatch(slurm, new_place, tmp_path):
+    place = new_place(**SMALL)
+    options = site(tmp_path / "site")
+    done = place.run(*options, "--until", "order_blocks", cores=None, **slurm.environment)
+    assert done.status == 0, done.output
+    assert rules_of(place) == {"order_blocks"}
+    logs = sorted((place / "logs/slurm").rglob("*.log"))
+    assert [slurm.state(log.stem) for log in logs] == ["COMPLETED"]
+
+
+class Stage:
+    """The jobs of the one stage, one after the other."""
+
+    def __init__(self, slurm, place, run):
+        self.slurm, self.place, self.run = slurm, place, run
+        self.jobs = []
+
+    def wait(self, condition, seconds=800):
+        until = time.monotonic() + seconds
+        while not (found := condition()):
+            assert not self.run.done(), self.run.result().output
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        return found
+
+    def next_job(self):
+        def new():
+            listed = self.slurm.said("squeue", "--noheader", "--states=all", "--format=%i %k")
+            named = re.findall(r"^(\d+) rule_distill_stage", listed, re.M)
+            return next((job for job in named if job not in self.jobs), None)
+
+        self.jobs.append(self.wait(new))
+        return self.jobs[-1]
+
+    def ended(self, job):
+        return self.wait(lambda: (state := self.slurm.state(job)) in ENDED and state)
+
+    def steps(self):
+        """Of the newest checkpoint."""
+        found = (self.place / "work/distill").rglob("step-????????")
+        return max((int(path.name[5:]) for path in found), default=0)
+
+    def goes_on(self):
+        """Wait until it has trained further."""
+        before = self.steps()
+        self.wait(lambda: self.steps() > before)
+
+    def processes(self):
+        """Those of the trainer."""
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                is_here = (process / "cwd").readlink() == self.place.folder
+            except OSError:
+                continue
+            if is_here and words[1:5] == [b"-m", b"dgmr", b"distill", b"train"]:
+                yield int(process.name)
+
+    def said(self, job):
+        (log,) = (self.place / "logs/slurm").rglob(f"{job}.log")
+        return log.read_text()
+
+    def stopped_after(self, job):
+        return int(re.search(r"stopped after step (\d+) of .*, and saved", self.said(job))[1])
+
+    def went_on_after(self, job):
+        return int(re.search(r"going on after step (\d+) of", self.said(job))[1])
+
+
+@pytest.fixture(scope="module")
+def workstation(new_place):
+    """The same chain where nothing happens to it; with all cores, as jobs have them."""
+    place = new_place(**SMALL)
+    done = place.run(cores=os.cpu_count())
+    assert done.status == 0, done.output
+    return place
+
+
+@pytest.mark.slow
+def test_a_chain_that_suffers_ends_as_on_a_workstation(slurm, workstation, new_place, tmp_path):
+    """Out of memory, out of time, cancelled, put back into the queue; then it may end."""
+    place = new_place(**SMALL)
+    options = site(
+        tmp_path / "site",
+        mem_mb="300 if attempt == 1 else 8000",
+        runtime="1 if attempt == 2 else 720",
+        slurm_extra="'' if attempt == 2 else '--signal=TERM@180'",
+    )
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(place.run, *options, cores=None, **slurm.environment)
+        stage = Stage(slurm, place, run)
+
+        killed = stage.next_job()
+        assert stage.ended(killed) in {"OUT_OF_MEMORY", "FAILED", "CANCELLED"}
+        assert stage.steps() == 0
+
+        late = stage.next_job()
+        stage.goes_on()
+        for process in stage.processes():
+            os.kill(process, signal.SIGSTOP)  # until the time is over: Slurm sends SIGCONT first
+        assert stage.ended(late) == "TIMEOUT"
+
+        cancelled = stage.next_job()
+        stage.goes_on()
+        slurm.said("scancel", cancelled)
+        assert stage.ended(cancelled) == "CANCELLED"
+
+        requeued = stage.next_job()
+        stage.goes_on()
+        slurm.said("scontrol", "requeue", requeued)
+        stage.wait(lambda: slurm.state(requeued) == "PENDING")
+        again_from = stage.steps()
+        slurm.said("scontrol", "update", f"JobId={requeued}", "StartTime=now")
+        done = run.result()
+    assert done.status == 0, done.output
+    assert "exceeded memory limit" in stage.said(killed)
+    assert stage.went_on_after(cancelled) == stage.stopped_after(late) < STEPS
+    assert stage.stopped_after(cancelled) < again_from == stage.went_on_after(requeued)
+    assert models(place) == models(workstation)
+    assert len(models(place)) == 4  # teacher, pruned, distilled, student
+    assert rules_of(place) >= {"targets", "calibration", "distill_stage", "evaluate_model"}
+    fetching = {"teacher", "check", "fashion_table", "select_samples", "pack_evaluation"}
+    assert not rules_of(place) & fetching

@@ -1,0 +1,108 @@
+"""Tell the store; no failure of it fails or long delays a job, but ends in one warning."""
+
+import contextlib
+import re
+import signal
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock
+
+from dgmr.errors import DgmrError
+from dgmr.params import Params
+from dgmr.track.accounts import Account, read, read_live, rooms
+from dgmr.track.store import Chain
+
+LOCK = Path("work/track.lock")
+LIMIT_S = 180.0
+"""Seconds a telling may take, waiting for others included."""
+_BYTES_PER_S = 20e6
+"""And more for the student's weights, which may have to be sent."""
+
+
+class Told(NamedTuple):
+    """How a telling went."""
+
+    known: dict[str, bool]
+    """By room, whether the store knows it now."""
+    warning: str | None
+
+
+class _TooLate(BaseException):
+    """Not an Exception: libraries catch those, and try again."""
+
+
+def track(room: str, params: Params, results: Path) -> bool:
+    """Tell the store what the files of ``room`` under ``results`` say; whether it knows it now.
+
+    Raises:
+        DgmrError: there is no such room, or it is not done.
+    """
+    if room not in rooms(params):
+        raise DgmrError(f"{room} is no room; choose one of {', '.join(rooms(params))}.")
+    account = read(room, params, results)
+    if account is None:
+        raise DgmrError(f"{room} cannot be tracked: its files are not under {results} yet.")
+    return _warned(tell(params, {room: account}))[room]
+
+
+def sync(params: Params, results: Path) -> dict[str, bool]:
+    """As :func:`track`, for every room that is done, and every stage that trains or was killed."""
+    accounts = {
+        room: read(room, params, results) or read_live(room, params, results)
+        for room in rooms(params)
+    }
+    found = {room: account for room, account in accounts.items() if account is not None}
+    return _warned(tell(params, found))
+
+
+def tell(params: Params, accounts: dict[str, Account]) -> Told:
+    """Tell the store of these rooms."""
+    known = dict.fromkeys(accounts, False)
+    uri = params.mlflow.tracking_uri
+    if uri is None or not accounts:
+        return Told(known, None)
+    students = [account.student for account in accounts.values() if account.student is not None]
+    size = sum(path.stat().st_size for folder in students for path in folder.iterdir())
+    try:
+        LOCK.parent.mkdir(parents=True, exist_ok=True)
+        # The lock: MLflow has no "create unless it is there".
+        with _limit(LIMIT_S + size / _BYTES_PER_S), FileLock(LOCK):
+            chain = Chain(uri, params)
+            for room, account in accounts.items():
+                chain.tell(room, account)
+                known[room] = True
+    except (Exception, _TooLate) as error:
+        # Stores, their drivers and the network raise all sorts of errors, and none may fail a job
+        # whose results are there. Our own files have been read by now.
+        missing = ", ".join(room for room, is_known in known.items() if not is_known)
+        kind = type(error).__name__.lstrip("_")
+        text = f"{uri} could not be told of {missing}: {kind}: {error}"
+        text = textwrap.shorten(re.sub(r"//[^/\s]*@", "//***@", text), 600)  # without passwords
+        return Told(known, f"Warning: MLflow store {text} (the results are not affected)")
+    return Told(known, None)
+
+
+def _warned(told: Told) -> dict[str, bool]:
+    if told.warning:
+        print(told.warning, file=sys.stderr)
+    return told.known
+
+
+@contextlib.contextmanager
+def _limit(seconds: float) -> Iterator[None]:
+    """End what the block does after ``seconds``, whatever it waits for."""
+
+    def late(_number: int, _frame: Any) -> None:
+        raise _TooLate(f"no end after {seconds:.3g} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5)  # again, should a library have swallowed it
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
