@@ -1,6 +1,5 @@
 """Runs of a chain that are killed on their way, and what they leave."""
 
-import base64
 import contextlib
 import hashlib
 import json
@@ -35,7 +34,7 @@ def jobs(folder: Path) -> Iterator[tuple[psutil.Process, str]]:
                 found[process.pid] = process, process.ppid(), said[3:5]
     for process, parent, words in found.values():
         if parent not in found:  # else it is a fork, such as a loader's
-            yield process, " ".join(word for word in words if re.fullmatch("[a-z-]+", word))
+            yield process, " ".join(word for word in words if re.fullmatch("[a-z][a-z-]*", word))
 
 
 def artefacts(folder: Path) -> dict[str, str]:
@@ -79,6 +78,7 @@ class History:
         self.last = ""
         """How the last run ended."""
         self._done: dict[Path, int] = {}
+        self._wiped = 0
         self._was_locked = False
 
     def run(self, is_killed: bool = False) -> bool:
@@ -91,7 +91,7 @@ class History:
         who = self.random.choices(list(WHO), list(WHO.values()))[0]
         aim = self.random.choice(list(AIMS))
         is_now = AIMS[aim](self)
-        late = time.monotonic() + 3 * self.longest_s
+        late = time.monotonic() + 2 * self.longest_s
         hit = ""
         with (self.folder / "said.txt").open("w") as output:
             process = subprocess.Popen(
@@ -130,7 +130,7 @@ class History:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         if self.random.random() < 0.3:  # and with it the list of incomplete files
             shutil.rmtree(self.folder / ".snakemake")
-        self._done = {}
+        self._done, self._wiped = {}, time.time_ns()
 
     def leftovers(self) -> list[Path]:
         """What writers leave only when they are killed."""
@@ -190,13 +190,8 @@ class History:
         if "Building DAG" in self.said:
             assert ("its lock is removed" in self.said) == self._was_locked, self.said
         self._was_locked = any((self.folder / ".snakemake/locks").glob("*"))
-        # Of these Snakemake does not know that they are done.
-        names = {path.name for path in (self.folder / ".snakemake/incomplete").glob("*")}
-        self._done = {
-            stamp: when
-            for stamp, when in now.items()
-            if base64.urlsafe_b64encode(bytes(stamp.relative_to(self.folder))).decode() not in names
-        }
+        # Where a room was taken away, Snakemake makes its readers too, though they are there.
+        self._done = {stamp: when for stamp, when in now.items() if when > self._wiped}
 
 
 def _at_random(history: History) -> Callable[[], bool]:

@@ -89,7 +89,7 @@ def test_killed_a_hundred_times_it_ends_at_the_same_files(undisturbed, tmp_path,
         shutil.rmtree(place / name)
     seconds = float((place / "seconds.txt").read_text())
     expected = artefacts(undisturbed / "results")
-    history = History(place.command(), place.folder, clean_environment, SEED, seconds / 4)
+    history = History(place.command(), place.folder, clean_environment, SEED, seconds / 6)
     kill(history, KILLS, expected)
     hit = {step for _, _, steps in history.kills for step in steps.split(", ")}
     assert len(hit) >= 12 and history.orphans >= KILLS / 10

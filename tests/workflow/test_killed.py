@@ -36,6 +36,15 @@ def place(finished, tmp_path):
     return place
 
 
+@pytest.fixture
+def unpruned(finished, tmp_path):
+    """The chain where the pruning is still to be done."""
+    place = finished.copy(tmp_path / "copy").edit(mlflow__tracking_uri=None)
+    shutil.rmtree(place / "results/prune")
+    shutil.rmtree(place / "work/prune")
+    return place
+
+
 @contextlib.contextmanager
 def at_work(place, environment, *arguments, step):
     """Snakemake in ``place``, and the process of its first job that does ``step``."""
@@ -94,8 +103,9 @@ def test_killed_twice_it_ends_at_the_same_students(place, finished):
     assert "its lock is removed" not in place.finish("distill").output
 
 
-def test_two_runs_at_once_and_orphans(place, finished, clean_environment):
-    with at_work(place, clean_environment, "prune", step="features calibration") as (first, job):
+def test_two_runs_at_once_and_orphans(unpruned, finished, clean_environment):
+    place = unpruned
+    with at_work(place, clean_environment, "prune", step="prune orders") as (first, job):
         job.suspend()  # so that it is still there when it is looked at
         second = place.run("prune")
         assert second.status == 1 and "Directory cannot be locked" in second.output
@@ -117,11 +127,12 @@ def test_two_runs_at_once_and_orphans(place, finished, clean_environment):
     assert not locks(place)
 
 
-def test_asked_to_stop_it_ends_cleanly_and_goes_on(place, finished, clean_environment):
+def test_asked_to_stop_it_ends_cleanly_and_goes_on(unpruned, finished, clean_environment):
+    place = unpruned
     # A terminal tells all processes; who sends SIGTERM means Snakemake, which awaits its jobs.
     for step, tell, asked in (
-        ("features calibration", os.killpg, signal.SIGINT),
-        ("prune orders", os.kill, signal.SIGTERM),
+        ("prune orders", os.killpg, signal.SIGINT),
+        ("prune refits", os.kill, signal.SIGTERM),
     ):
         with at_work(place, clean_environment, "prune", step=step) as (snakemake, _):
             tell(snakemake.pid, asked)

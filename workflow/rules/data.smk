@@ -75,16 +75,19 @@ rule download_images:
         download=DOWNLOAD,
     message:
         "Downloading the images of job {wildcards.job}"
+    # Under another name at first, as all that is written here.
     shell:
-        "img2dataset=$(command -v img2dataset || echo {params.img2dataset});"
+        "rm -rf {output}.partial;"
+        " img2dataset=$(command -v img2dataset || echo {params.img2dataset});"
         " NO_ALBUMENTATIONS_UPDATE=1 $img2dataset"
         " --url_list {params.rows} --input_format parquet --url_col url --caption_col caption"
         " --save_additional_columns '[\"sample_key\"]'"
-        " --output_folder {output} --output_format webdataset"
+        " --output_folder {output}.partial --output_format webdataset"
         " --number_sample_per_shard {params.shard_size}"
         " --resize_mode no --skip_reencode True --enable_wandb False --processes_count 1"
         " --thread_count {params.download.threads} --timeout {params.download.timeout_s}"
-        " --retries {params.download.retries} 2>&1 | tee {log}"
+        " --retries {params.download.retries} 2>&1 | tee {log};"
+        " mv {output}.partial {output}"
 
 
 rule pack_shards:
