@@ -21,6 +21,14 @@ def start_of(wildcards):
     return ancient(stamp(folder, KEYS[wildcards.results].prune_again(wildcards.stage)))
 
 
+def trained_alike(wildcards):
+    """The same stage of a run before, from whose checkpoints this one ends at once; side by side, both
+    would write them."""
+    before = list(KEYS)[: list(KEYS).index(wildcards.results)]
+    alike = [run for run in before if KEYS[run].distill(wildcards.stage) == wildcards.key]
+    return ancient([model_stamp(run, wildcards.stage) for run in alike[-1:]])
+
+
 localrules:
     distill,
 
@@ -68,6 +76,7 @@ rule prune_again:
 # What says how a stage is run, not what comes out, is among the resources.
 rule distill_stage:
     input:
+        trained_alike,
         parent=start_of,
         teacher=ancient(rules.teacher.output),
         data=ancient(rules.data.output),
