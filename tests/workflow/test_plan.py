@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import yaml
+from dgmr.keys import Keys
 from dgmr.params import read
 from dgmr.plan import jobs
 
@@ -57,6 +58,21 @@ def test_sweep(new_place):
     # The run itself is one of the points; the first stage is that of half of them.
     assert found["evaluate_model"] == 1 + points / 2 + points / 2 + points
     assert found["pack_shards"] == 2 and found["features"] == found["teacher"] == 1
+
+
+def test_runs_with_the_same_stage_train_it_one_after_the_other(new_place, monkeypatch):
+    """They have its checkpoints in common."""
+    place = new_place(sweep={"distill.stages.all.seed": [1, 2]}, mlflow__tracking_uri=None)
+    monkeypatch.chdir(place.folder)
+    points = {name: Keys(point) for name, point in read(place / "params.yaml").points().items()}
+
+    def stages(name, stage):
+        key = points[name].distill(stage)
+        return place.planned(f"results/sweep/{name}/distill/{stage}/{key}.stamp")["distill_stage"]
+
+    # The first stage is that of the run itself and of all points; the seed 1 is the run's own.
+    assert [stages(name, "mlp") for name in points] == [2, 3]
+    assert [stages(name, "all") for name in points] == [4, 4]
 
 
 @pytest.mark.parametrize("preset", ["vit_b"])

@@ -100,8 +100,3 @@ def test_values_come_and_go(place, swept, tmp_path):
         "ratio-2.0",
     ]
     assert "sweep/ratio-0.5/" not in (copy / "results/report.html").read_text()
-    # Under other names nothing but the pages has to be told.
-    copy.edit(sweep={})
-    copy.finish()
-    assert not (copy / "results/sweep.json").exists()
-    assert "Sweep" not in (copy / "results/report.html").read_text()

@@ -50,6 +50,7 @@ rule prune_again:
 # What says how a stage is run, not what comes out, is among the resources.
 rule distill_stage:
     input:
+        trained_alike,
         parent=start_of,
         teacher=ancient(rules.teacher.output),
         data=ancient(rules.data.output),

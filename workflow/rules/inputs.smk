@@ -100,6 +100,14 @@ def start_of(wildcards):
     return ancient(stamp(folder, KEYS[wildcards.results].prune_again(wildcards.stage)))
 
 
+def trained_alike(wildcards):
+    """The same stage of a run before, from whose checkpoints this one ends at once; side by side, one
+    would only wait for the other."""
+    before = list(KEYS)[: list(KEYS).index(wildcards.results)]
+    alike = [run for run in before if KEYS[run].distill(wildcards.stage) == wildcards.key]
+    return ancient([model_stamp(run, wildcards.stage) for run in alike[-1:]])
+
+
 def rooms_of_stages(results):
     """The stamps of a run's stages, and of what they prune before they begin."""
     keys = KEYS[results]
