@@ -366,22 +366,23 @@ class Walk:
         self.commits = [("first", clone.commit("first"))]
         self.clone.call("git", "tag", "walk-0")
 
-    def choose(self):
-        operations = {
-            self.edit: 8,
-            self.repro: 8,
+    def operations(self):
+        """Each as often as it is worth, in random order."""
+        often = {
+            self.edit: 12,
+            self.repro: 7,
             self.snakemake: 4,
-            self.record: 4,
+            self.record: 3,
             self.check_out: 6,
-            self.one_room: 5,
+            self.one_room: 4,
             self.forget: 3,
             self.relink: 4,
             self.collect: 2,
         }
-        return self.random.choices(list(operations), list(operations.values()))[0]
+        return self.random.sample(list(often), counts=often.values(), k=sum(often.values()))
 
     def edit(self):
-        self.params = self.random.choice(list(SETS))
+        self.params = self.random.choice([name for name in SETS if name != self.params])
         (self.clone / "params.yaml").write_text(self.base)
         self.clone.place.edit(**SETS[self.params])
         return self.params
@@ -459,8 +460,7 @@ class Walk:
 @pytest.mark.slow
 def test_a_random_walk_ends_where_a_clean_run_does(copied, clean):
     walk = Walk(copied, clean, seed=0)
-    for step in range(40):
-        operation = walk.choose()
+    for step, operation in enumerate(walk.operations()):
         print(
             step, operation.__name__, operation(), walk.params, walk.rooms, walk.locked, flush=True
         )
