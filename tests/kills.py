@@ -59,6 +59,14 @@ def artefacts(folder: Path) -> dict[str, str]:
     return found
 
 
+def _group(job: psutil.Process) -> int | None:
+    """Its process group, by which orphans of a run before are told from the jobs of this one."""
+    try:
+        return os.getpgid(job.pid)
+    except ProcessLookupError:
+        return None
+
+
 def _untimed(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _untimed(of) for key, of in value.items() if not _TIMED.search(key)}
@@ -170,7 +178,7 @@ class History:
     def _kill(self, process: subprocess.Popen, who: str) -> str:
         """Kill what is to be; the step that was hit, or nothing where it has ended by then."""
         process.send_signal(signal.SIGSTOP)  # it starts no other job meanwhile
-        found = list(jobs(self.folder))
+        found = [(job, step) for job, step in jobs(self.folder) if _group(job) == process.pid]
         steps = ", ".join(sorted(step for _, step in found))
         if who == "job":
             process.send_signal(signal.SIGCONT)
