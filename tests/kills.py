@@ -37,6 +37,16 @@ def jobs(folder: Path) -> Iterator[tuple[psutil.Process, str]]:
             yield process, " ".join(word for word in words if re.fullmatch("[a-z][a-z-]*", word))
 
 
+def names(folder: Path, *patterns: str) -> set[Path]:
+    """Files and folders in ``folder`` by the end of their paths, while others come and go."""
+    return {
+        path
+        for where, folders, files in os.walk(folder)
+        for path in (Path(where, name) for name in folders + files)
+        if any(path.match(pattern) for pattern in patterns)
+    }
+
+
 def artefacts(folder: Path) -> dict[str, str]:
     """For each file in ``folder`` the hash of what it says, but for times."""
     found = {}
@@ -47,6 +57,14 @@ def artefacts(folder: Path) -> dict[str, str]:
                 content = json.dumps(_untimed(json.loads(content))).encode()
             found[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
     return found
+
+
+def _group(job: psutil.Process) -> int | None:
+    """Its process group, by which orphans of a run before are told from the jobs of this one."""
+    try:
+        return os.getpgid(job.pid)
+    except ProcessLookupError:
+        return None
 
 
 def _untimed(value: Any) -> Any:
@@ -132,9 +150,9 @@ class History:
             shutil.rmtree(self.folder / ".snakemake")
         self._done, self._wiped = {}, time.time_ns()
 
-    def leftovers(self) -> list[Path]:
+    def leftovers(self) -> set[Path]:
         """What writers leave only when they are killed."""
-        return [p for p in self.folder.rglob("*") if p.suffix in (".partial", ".discarded")]
+        return names(self.folder, "*.partial", "*.discarded")
 
     def table(self) -> str:
         """Kills by the step that was hit and by what was killed, and by aim."""
@@ -152,7 +170,7 @@ class History:
     def stamps(self) -> dict[Path, int]:
         """What is done, by the stamps."""
         stamps = {}
-        for stamp in self.folder.glob("results/**/*.stamp"):
+        for stamp in names(self.folder / "results", "*.stamp"):
             with contextlib.suppress(FileNotFoundError):
                 stamps[stamp] = stamp.stat().st_mtime_ns
         return stamps
@@ -160,7 +178,7 @@ class History:
     def _kill(self, process: subprocess.Popen, who: str) -> str:
         """Kill what is to be; the step that was hit, or nothing where it has ended by then."""
         process.send_signal(signal.SIGSTOP)  # it starts no other job meanwhile
-        found = list(jobs(self.folder))
+        found = [(job, step) for job, step in jobs(self.folder) if _group(job) == process.pid]
         steps = ", ".join(sorted(step for _, step in found))
         if who == "job":
             process.send_signal(signal.SIGCONT)
@@ -208,21 +226,21 @@ def _at(pattern: str) -> Callable[[History], Callable[[], bool]]:
     """As soon as there is a file that was not there before."""
 
     def aim(history: History) -> Callable[[], bool]:
-        before = set(history.folder.glob(pattern))
-        return lambda: not before.issuperset(history.folder.glob(pattern))
+        before = names(history.folder, pattern)
+        return lambda: not before.issuperset(names(history.folder, pattern))
 
     return aim
 
 
 def _renamed(history: History) -> Callable[[], bool]:
     """As soon as a temporary name is there no more."""
-    seen: set[Path] = set(history.leftovers())
-    before = set(seen)
+    before = history.leftovers()
+    seen: set[Path] = set()
 
     def is_now() -> bool:
-        now = set(history.leftovers())
+        now = history.leftovers() - before
         seen.update(now)
-        return bool(seen - before - now)
+        return seen != now
 
     return is_now
 
@@ -230,11 +248,11 @@ def _renamed(history: History) -> Callable[[], bool]:
 AIMS: dict[str, Callable[[History], Callable[[], bool]]] = {
     "any moment": _at_random,
     "parsing": _while_parsing,
-    "locking": _at(".snakemake/locks/*"),
-    "writing": _at("*/**/*.partial"),
+    "locking": _at(".snakemake/locks/*.lock"),
+    "writing": _at("*.partial"),
     "renaming": _renamed,
-    "discarding": _at("*/**/*.discarded"),
-    "stamped": _at("results/**/*.stamp"),
-    "training checkpoint": _at("work/distill/**/step-*"),
+    "discarding": _at("*.discarded"),
+    "stamped": _at("*.stamp"),
+    "training checkpoint": _at("step-*"),
 }
 """Moments to kill at: given a history, a function that tells whether it is now."""

@@ -92,7 +92,7 @@ def test_killed_a_hundred_times_it_ends_at_the_same_files(undisturbed, tmp_path,
     history = History(place.command(), place.folder, clean_environment, SEED, seconds / 6)
     kill(history, KILLS, expected)
     hit = {step for _, _, steps in history.kills for step in steps.split(", ")}
-    assert len(hit) >= 12 and history.orphans >= KILLS / 10
+    assert min(len(hit), history.orphans) >= KILLS / 10
 
 
 def test_killed_a_few_times_it_ends_at_the_same_student(finished, tmp_path, clean_environment):
