@@ -51,7 +51,7 @@ def artefacts(folder: Path) -> dict[str, str]:
     """For each file in ``folder`` the hash of what it says, but for times."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in _TIMED_FILES:
+        if path.is_file() and path.name not in _TIMED_FILES and ".discarded/" not in str(path):
             content = path.read_bytes()
             if path.suffix == ".json":
                 content = json.dumps(_untimed(json.loads(content))).encode()

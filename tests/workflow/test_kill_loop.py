@@ -79,7 +79,8 @@ def kill(history, count, expected):
 def compare(history, expected):
     found = artefacts(history.folder / "results")
     assert found == expected
-    assert not history.leftovers()
+    # A room that was replaced may be left under its other name, until it is replaced again.
+    assert all(path.suffix == ".discarded" for path in history.leftovers())
 
 
 @pytest.mark.slow
