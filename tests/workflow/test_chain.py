@@ -56,6 +56,11 @@ def test_metrics_have_the_promised_keys(finished):
     assert metrics["teacher.top1"] > 30  # so that the other tests compare something
 
 
+def test_torch_has_the_threads_that_snakemake_gives(finished):
+    speed = read(finished / "results/evaluate/speed.json")  # a rule that takes all cores
+    assert speed["threads"] == 2
+
+
 def test_report_is_a_page(finished):
     page = (finished / "results/report.html").read_text()
     assert page.startswith("<!") and "resources/teachers/micro" in page

@@ -324,7 +324,7 @@ def test_other_ways_to_distill_run_through_the_rules(finished_copy):
     )
     shown = place.run("--dry-run", "--printshellcmds", "distill").output
     assert (
-        "--gpus 0 --processes 2 --workers 1 --shard-above 0 --checkpoint-every-s 1"
+        "--gpus 0 --nodes 1 --processes 2 --workers 1 --shard-above 0 --checkpoint-every-s 1"
         " --max-bad-steps 2" in shown
     )
     place.finish("check", "distill")
@@ -351,3 +351,13 @@ def test_preset_and_back(finished_copy, repository):
     preset = str(repository / "presets/vit_b.yaml")
     assert finished_copy.planned("--configfile", preset)["teacher"] == 1
     assert not finished_copy.planned()
+
+
+def test_resources_bound_what_jobs_ask_for(finished_copy):
+    """A training asks for a GPU; it gets no more than the machine has, or than it is told."""
+    changed = finished_copy.edit(distill__stages__all__lr=2e-4)
+    shown = ("--dry-run", "--printshellcmds", "distill")
+    asked = ("--set-resources", "distill_stage:gpu=4", "--resources")
+    for gpus in (0, 2, 8):
+        said = changed.run(*shown, *asked, f"gpu={gpus}").output
+        assert f" --gpus {min(gpus, 4)} --nodes 1 " in said
