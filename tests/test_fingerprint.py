@@ -97,7 +97,7 @@ def test_code_changes_with_what_a_step_imports_in_the_end(package, file, old, ne
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("track.py", "import ", "EXTRA = 1\nimport "),
+        ("track/tell.py", "import ", "EXTRA = 1\nimport "),
         ("data/pack.py", "import io", "import io\nEXTRA = 1"),
         ("cli.py", "import json", "import json\nEXTRA = 1"),
         ("prune/orders.py", "import ", "# A comment.\nimport "),

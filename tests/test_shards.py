@@ -221,6 +221,7 @@ def test_same_size_other_bytes_are_refused_by_their_hash(folder):
 
 
 def test_shard_is_linked_whole(folder, tmp_path):
+    (tmp_path / "published").mkdir()
     shards.link_shard(folder, tmp_path / "published", "00002")
     names = ["00002.parquet", "00002.tar"]
     assert sorted(path.name for path in (tmp_path / "published").iterdir()) == names

@@ -72,7 +72,7 @@ def test_the_two_newest_are_kept_and_the_last_when_it_is_done(place, crash):
 
 def test_none_is_written_before_its_time(place, crash):
     crash("run", 9, checkpoint_every_s=300)
-    assert not list(place.run_folder("run").iterdir())
+    assert not list(place.run_folder("run").glob("step-*"))
 
 
 def test_what_is_saved_is_student_optimizer_and_average(place, crash):
@@ -166,7 +166,7 @@ def test_no_byte_of_what_is_said_about_it_may_change(place, crash):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_where_both_are_damaged_the_run_starts_anew(place, crash, begins, whole, caplog, damage):
     crash("run", 6)
-    for number, folder in enumerate(sorted(place.run_folder("run").iterdir())):
+    for number, folder in enumerate(sorted(place.run_folder("run").glob("step-*"))):
         DAMAGES[damage](folder / FILES[number])
     begins.clear()
     with caplog.at_level(logging.WARNING):
@@ -195,7 +195,7 @@ def test_what_a_killed_writer_left_does_not_pile_up(place, crash):
     run = place.run_folder("run")
     (run / "step-00000099.partial").mkdir()
     place.train("run", config())
-    assert [path.name for path in run.iterdir()] == ["step-00000010"]
+    assert [path.name for path in run.glob("step-*")] == ["step-00000010"]
 
 
 def test_a_finished_run_ends_at_once_when_asked_again(place, monkeypatch):

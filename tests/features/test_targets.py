@@ -216,7 +216,7 @@ def test_a_disk_that_is_full_amid_the_work_leaves_nothing(tmp_path, teacher, dat
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(room, "Rows", Full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DgmrError, match="No space left"):
         run(tmp_path / "targets", teacher, data)
     assert list(tmp_path.iterdir()) == []
 

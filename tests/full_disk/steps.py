@@ -183,7 +183,7 @@ def do_report(rooms, folder, variant):
         from dgmr.files import read_json
 
         write_json(scores, read_json(kept) | {"top1": 80.0 + variant})
-        page.report(results, STAGES, params, folder / "report")
+        page.report(results, STAGES, params, folder / "report", results)
     finally:
         shutil.copyfile(kept, scores)
 

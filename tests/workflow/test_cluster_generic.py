@@ -37,15 +37,15 @@ def pbs(finished_copy, tmp_path):
 
 def test_jobs_go_to_the_engine_and_again_when_they_are_lost(pbs, finished_copy, repository):
     place = finished_copy
-    history = place / "results/distill/all/history.json"
-    history.unlink()
-    (track,) = place.folder.glob("work/track/*/teacher.json")
-    track.unlink()
+    (stamp,) = place.folder.glob("results/distill/all/*.stamp")
+    (track,) = place.folder.glob("results/track/teacher/*.json")
+    for path in (stamp, track):
+        path.unlink()
     profile = ("--workflow-profile", str(repository / "profiles/cluster-generic"))
-    wanted = (str(path.relative_to(place.folder)) for path in (history, track))
+    wanted = (str(path.relative_to(place.folder)) for path in (stamp, track))
     done = place.run(*profile, *wanted, cores=None, PATH=f"{pbs}:{os.environ['PATH']}")
     assert done.status == 0, done.output
-    assert history.exists() and track.exists()
+    assert stamp.exists() and track.exists()
     line = (
         "-N distill_stage -j oe -o logs/cluster/"
         " -l select=1:ncpus=8:mem=16000mb:ngpus=1 -l walltime=43200"

@@ -136,7 +136,7 @@ def test_asked_to_stop_it_ends_cleanly_and_goes_on(unpruned, finished, clean_env
     ):
         with at_work(place, clean_environment, "prune", step=step) as (snakemake, _):
             tell(snakemake.pid, asked)
-            assert snakemake.wait(120) == 1
+            assert snakemake.wait(120) in (0, 1)  # 0 where all was done when it looked
             assert not list(jobs(place.folder)) and not locks(place)
         said = (place / "said.txt").read_text()
         assert "its lock is removed" not in said and "IncompleteFiles" not in said, said

@@ -85,8 +85,10 @@ class Slurm:
             *options, script = json.loads(line)
             assert script.startswith("--wrap=")
             text = shlex.join(options).replace(str(self.place.folder), "WORK")
-            comment = options[options.index("--comment") + 1]
-            found[comment] = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", "RUN", text)
+            text = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", "RUN", text)
+            text = re.sub(r"(?<=[_/])[0-9a-f]{12}(?=[_ /])", "KEY", text)
+            comment = re.search("--comment (\\S+)", text)[1]
+            found[comment] = text
         return found
 
 
@@ -107,10 +109,10 @@ def test_refused_jobs_asked_for_what_their_rule_says(slurm):
     done = slurm.run("--keep-going", "--retries", "0", *targets)
     assert done.status != 0 and "the cluster is closed" in done.output
     assert slurm.asked() == {
-        f"rule_order_blocks_wildcards_{part}": (
+        f"rule_order_blocks_wildcards_KEY_{part}_2": (
             "--parsable --job-name RUN --output"
-            f" WORK/logs/slurm/rule_order_blocks/{part}/%j.log --export=ALL"
-            f" --comment rule_order_blocks_wildcards_{part}"
+            f" WORK/logs/slurm/rule_order_blocks/KEY_{part}_2/%j.log --export=ALL"
+            f" --comment rule_order_blocks_wildcards_KEY_{part}_2"
             " -t 240 --mem 4000 --requeue --ntasks=1 --cpus-per-task=1 -D WORK"
         )
         for part in range(2)
@@ -118,20 +120,20 @@ def test_refused_jobs_asked_for_what_their_rule_says(slurm):
 
 
 def test_job_runs_on_the_cluster_and_local_rules_stay(slurm):
-    history = slurm.place / "results/distill/all/history.json"
-    history.unlink()
-    (track,) = slurm.place.folder.glob("work/track/*/teacher.json")
-    track.unlink()
-    (slurm.place / "work/check.json").unlink()
-    wanted = (history, track, slurm.place / "work/check.json")
+    wanted = []
+    for pattern in ("results/distill/all/*.stamp", "results/track/teacher/*", "work/check/*"):
+        wanted += slurm.place.folder.glob(pattern)
+    assert len(wanted) == 3
+    for path in wanted:
+        path.unlink()
     done = slurm.run(*(str(path.relative_to(slurm.place.folder)) for path in wanted))
     assert done.status == 0, done.output
     assert all(path.exists() for path in wanted)
     assert slurm.asked() == {
-        "rule_distill_stage_wildcards_all": (
+        "rule_distill_stage_wildcards_results_all_KEY": (
             "--parsable --job-name RUN --output"
-            " WORK/logs/slurm/rule_distill_stage/all/%j.log --export=ALL"
-            " --comment rule_distill_stage_wildcards_all"
+            " WORK/logs/slurm/rule_distill_stage/results_all_KEY/%j.log --export=ALL"
+            " --comment rule_distill_stage_wildcards_results_all_KEY"
             " -t 720 --mem 16000 --nodes=1 --requeue --cpus-per-task=8 --signal=TERM@180 -D WORK"
             " --gpus=1"
         )
@@ -160,10 +162,10 @@ def test_a_site_edits_the_profile(slurm, name):
     stage, threads, line = SITES[name]
     slurm.edit(stage, threads)
     (slurm.folder / "closed").touch()
-    history = slurm.place / "results/distill/all/history.json"
-    history.unlink()
-    done = slurm.run("--retries", "0", str(history.relative_to(slurm.place.folder)))
+    (stamp,) = slurm.place.folder.glob("results/distill/all/*.stamp")
+    stamp.unlink()
+    done = slurm.run("--retries", "0", str(stamp.relative_to(slurm.place.folder)))
     assert "the cluster is closed" in done.output
     (asked,) = slurm.asked().values()
-    _, _, asked = asked.partition(" --comment rule_distill_stage_wildcards_all ")
+    _, _, asked = asked.partition(" --comment rule_distill_stage_wildcards_results_all_KEY ")
     assert asked == line.format("--signal=TERM@180 -D WORK")

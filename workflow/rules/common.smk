@@ -35,11 +35,12 @@ os.environ.update(
     PYTHONPATH=PACKAGES,
 )
 
-if workflow.is_main_process and workflow.local_exec:
-    os.environ[machine.RUN] = os.getcwd()
+# Jobs run here, not on a cluster, whose executor is not known yet as this is read; but it has nodes.
+IS_LOCAL = workflow.is_main_process and workflow.resource_settings.nodes is None
 
 # What this machine has bounds what runs on it at once; --resources says otherwise.
-if workflow.is_main_process and workflow.local_exec:
+if IS_LOCAL:
+    os.environ[machine.RUN] = os.getcwd()
     for name, available in machine.resources().items():
         if name not in workflow.global_resources:
             workflow.global_resources[name] = available

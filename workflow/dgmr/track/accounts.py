@@ -21,7 +21,7 @@ from dgmr.keys import Keys
 from dgmr.params import Params
 
 BENCHMARKS = Path("work/benchmark")
-LIVE = "work/distill/*/*/live.json"
+LIVE = "work/distill/**/live.json"
 DVC_LOCK = Path("dvc.lock")
 STALE_S = 600.0
 """Seconds after which a stage that says nothing is taken for dead; it writes every few seconds."""
