@@ -115,6 +115,14 @@ def test_slurm_profile_names_rules_that_exist(rules, repository):
     assert {*profile["set-resources"], *profile["set-threads"]} <= set(rules)
 
 
+def test_profiles_say_alike_what_the_keys_need(repository):
+    """Without both, Snakemake makes again what is right, or ends before all is made."""
+    for path in repository.glob("profiles/*/config.yaml"):
+        profile = yaml.safe_load(path.read_text())
+        assert profile["ignore-incomplete"] is True and "rerun-incomplete" not in profile, path
+        assert profile["rerun-triggers"] == ["mtime", "software-env"], path
+
+
 def test_make_help_lists_every_target(repository):
     text = (repository / "Makefile").read_text()
     phony = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split()

@@ -27,7 +27,7 @@ def unneeded(params: Params) -> list[Unneeded]:
     What other params would find again goes too: they would compute it anew. Downloaded images go once
     they are packed.
     """
-    runs = [Keys(run) for run in (params, *params.points().values())]
+    runs = Keys(params).runs
     used = {key for keys in runs for key in keys.of_work()}
     found = {
         path: "of other params or code"

@@ -34,11 +34,21 @@ class Keys:
         self.params = params
 
     @functools.cached_property
+    def points(self) -> dict[str, "Keys"]:
+        """Of the points of the run's sweep, by their names."""
+        return {name: Keys(params) for name, params in self.params.points().items()}
+
+    @property
+    def runs(self) -> list["Keys"]:
+        """These, and those of the points."""
+        return [self, *self.points.values()]
+
+    @functools.cached_property
     def check(self) -> str:
         """``work/check/<key>.json``."""
-        runs = [self.params, *self.params.points().values()]
         # How models are compared needs no check.
-        return step("check", "dgmr.check", [run.shaping() | {"evaluate": {}} for run in runs])
+        shaping = [keys.params.shaping() | {"evaluate": {}} for keys in self.runs]
+        return step("check", "dgmr.check", shaping)
 
     @functools.cached_property
     def teacher(self) -> str:
@@ -102,7 +112,7 @@ class Keys:
 
     @functools.cached_property
     def targets(self) -> str:
-        """``work/features/<key>/targets``; not how many images a pass has."""
+        """``work/features/<key>/targets``."""
         asked = self.params.features.model_dump(mode="json", exclude={"calibration", "cache"})
         # Other versions may draw other pixels, or compute with other kernels.
         libraries = versions("torch", "torchvision", "timm", "pillow")
@@ -180,14 +190,14 @@ class Keys:
         return {TEACHER: self.teacher, PRUNED: self.prune}.get(name) or self.distill(name)
 
     def evaluation(self, model: str) -> str:
-        """``work/evaluate/<key>.json``."""
+        """``work/evaluate/accuracy/<key>.json``."""
         batch_size = self.params.evaluate.batch_size
         parts = self.model(model), self.teacher, self.evaluation_data, batch_size
         return step("evaluate_model", "dgmr.evaluate.accuracy", model, *parts)
 
     @functools.cached_property
     def speed(self) -> str:
-        """``work/evaluate/<key>.json``."""
+        """``work/evaluate/speed/<key>.json``."""
         how = self.params.evaluate.model_dump(mode="json", exclude={"batch_size"})
         models = [(name, self.model(name)) for name in self.models]
         return step("measure_speed", "dgmr.evaluate.speed", models, how)
@@ -201,7 +211,7 @@ class Keys:
     @functools.cached_property
     def report(self) -> str:
         """``results/student``, the page and the flat metrics."""
-        points = {name: Keys(point).report for name, point in self.params.points().items()}
+        points = {name: keys.report for name, keys in self.points.items()}
         parts = self.evaluate, self.data, self.params.shaping(), self.params.sweep, points
         return step("report", "dgmr.report.page", *parts)
 
@@ -228,8 +238,7 @@ class Keys:
     @functools.cached_property
     def sweep(self) -> str:
         """``results/sweep``: these points and no others."""
-        points = [(name, Keys(point).report) for name, point in self.params.points().items()]
-        return key(command("sweep"), points)
+        return key(command("sweep"), [(name, keys.report) for name, keys in self.points.items()])
 
     def room(self, name: str) -> str:
         """Key of a room as MLflow knows them: ``prune``, or ``distill/<stage>``."""
@@ -242,8 +251,8 @@ class Keys:
         if room == "distill":
             return [f"distill/{stage}/{self.distill(stage)}.stamp" for stage in self.models[2:]]
         if room == "sweep":
-            points = self.params.points().items()
-            return [f"sweep/{name}/student/{Keys(point).report}.stamp" for name, point in points]
+            points = self.points.items()
+            return [f"sweep/{name}/student/{keys.report}.stamp" for name, keys in points]
         return [f"{room}/{self.room(room)}.stamp"]
 
     def tracked(self, room: str) -> str:

@@ -132,9 +132,7 @@ def plan_model(name: str, prune: Prune) -> ModelPlan:
 
 def jobs(config: Params) -> dict[str, dict[str, int]]:
     """Jobs by room and rule, as ``snakemake --dry-run`` counts them where nothing is done yet."""
-    data, points = config.data, config.points()
-    runs = [config, *points.values()]
-    keys = [Keys(run) for run in runs]
+    data, keys = config.data, Keys(config).runs
     batches, stages = len(data.jobs), len(config.distill.stages)
     # What runs of a sweep have in common is made once.
     orders = {(k.orders, k.params.prune.parts) for k in keys}
@@ -144,7 +142,7 @@ def jobs(config: Params) -> dict[str, dict[str, int]]:
         if k.params.prune.compensate == "least_squares"
     }
     # MLflow is told of a run's rooms prune, evaluate and report, and stages; once of those before them.
-    tracked = (3 + stages) * len(runs) + 3
+    tracked = (3 + stages) * len(keys) + 3
     rooms = {
         "check": {"check": 1},
         "teacher": {"teacher": 1},
@@ -166,20 +164,20 @@ def jobs(config: Params) -> dict[str, dict[str, int]]:
             "saliency": len({k.saliency for k in keys if k.params.prune.method == "taylor"}),
             "order_blocks": sum(parts for _, parts in orders),
             "refit_blocks": sum(parts for _, parts in refits),
-            "assemble": len(runs),
+            "assemble": len(keys),
         },
         "distill": {
             "prune_again": sum(
-                stage.prune is not None for run in runs for stage in run.distill.stages.values()
+                stage.prune is not None for k in keys for stage in k.params.distill.stages.values()
             ),
-            "distill_stage": stages * len(runs),
+            "distill_stage": stages * len(keys),
         },
         "evaluate": {
             "evaluate_model": len({k.evaluation(model) for k in keys for model in k.models}),
             "measure_speed": len({k.speed for k in keys}),
-            "gather": len(runs),
+            "gather": len(keys),
         },
-        "report": {"report": 1, "report_point": len(points)},
+        "report": {"report": 1, "report_point": len(keys) - 1},
         "track": {"track": tracked if config.mlflow.tracking_uri else 0},
         "all": {"all": 1},
     }

@@ -45,15 +45,9 @@ if IS_LOCAL:
         if name not in workflow.global_resources:
             workflow.global_resources[name] = available
 
-POINTS = PARAMS.points()
-KEYS = {
-    results: Keys(params)
-    for results, params in {
-        "results": PARAMS,
-        **{f"results/sweep/{point}": params for point, params in POINTS.items()},
-    }.items()
-}
-MAIN = KEYS["results"]
+MAIN = Keys(PARAMS)
+POINTS = MAIN.points
+KEYS = {"results": MAIN} | {f"results/sweep/{point}": keys for point, keys in POINTS.items()}
 JOBS = PARAMS.data.jobs
 STAGES = PARAMS.distill.stages
 

@@ -46,7 +46,7 @@ rule report_point:
     conda:
         "../../envs/dgmr.yaml"
     params:
-        config=lambda wildcards: json.dumps(POINTS[wildcards.point].shaping()),
+        config=lambda wildcards: json.dumps(POINTS[wildcards.point].params.shaping()),
     message:
         "Writing the report of {wildcards.point}"
     shell:

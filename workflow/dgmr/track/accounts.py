@@ -66,14 +66,13 @@ def rooms(params: Params) -> list[str]:
 def read(room: str, params: Params, results: Path) -> Account | None:
     """What the files of a room say that is done; None while any is missing."""
     kind, _, stage = room.partition("/")
-    models = ["teacher", "pruned", *params.distill.stages]
     names = {
         "teacher": ["teacher/provenance.json"],
         "data": ["data/metrics.json"],
         "features": ["features/metrics.json"],
         "prune": ["prune/provenance.json", "prune/blocks.json"],
         "distill": [f"{room}/provenance.json", f"{room}/history.json"],
-        "evaluate": [f"evaluate/{name}.json" for name in [*models, "speed"]],
+        "evaluate": [f"evaluate/{name}.json" for name in [*Keys(params).models, "speed"]],
         "report": ["metrics.json", "report.html", "student/provenance.json"],
     }
     paths = [results / name for name in names[kind]]

@@ -113,10 +113,8 @@ class Chain:
         """
         params = {param.key: param.value for param in _as_params(account.params)}
         said = {point[:3] for point in account.points}
-        is_done, last = (
-            account.status == _FINISHED,
-            max((p.step for p in account.points), default=0),
-        )
+        is_done = account.status == _FINISHED
+        last = max((point.step for point in account.points), default=0)
         for run in runs:
             told = [
                 (point.key, point.value, point.step)
