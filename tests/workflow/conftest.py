@@ -82,18 +82,24 @@ class Place:
         limit = [] if cores is None else ["--cores", str(cores)]
         return [*binary, "--directory", str(self.folder), *limit, *arguments]
 
-    def run(self, *arguments: str, cores: int | None = 2, **environment: str) -> Done:
-        """Run Snakemake to its end."""
-        started = time.monotonic()
-        process = subprocess.Popen(
+    def start(
+        self, output: Any, *arguments: str, cores: int | None = 2, **environment: str
+    ) -> subprocess.Popen:
+        """Start Snakemake, in a process group of its own; what it says goes to ``output``."""
+        return subprocess.Popen(
             self.command(*arguments, cores=cores),
             cwd=self.folder,
             env=_ENVIRONMENT | environment,
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
+
+    def run(self, *arguments: str, cores: int | None = 2, **environment: str) -> Done:
+        """Run Snakemake to its end."""
+        started = time.monotonic()
+        process = self.start(subprocess.PIPE, *arguments, cores=cores, **environment)
         try:
             output, _ = process.communicate(timeout=_TIMEOUT_S)
         except BaseException:
@@ -110,14 +116,7 @@ class Place:
     def kill_when(self, condition: Callable[[], bool], *arguments: str) -> None:
         """Start Snakemake; once ``condition()`` holds, SIGKILL it and all its jobs."""
         with (self.folder / "killed.txt").open("w") as said:
-            process = subprocess.Popen(
-                self.command(*arguments),
-                cwd=self.folder,
-                env=_ENVIRONMENT,
-                stdout=said,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            process = self.start(said, *arguments)
             try:
                 end = time.monotonic() + _TIMEOUT_S
                 while not condition():

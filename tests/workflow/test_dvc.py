@@ -91,6 +91,15 @@ class Clone:
             name = path.parent.name + path.name.removesuffix(".dir")
             assert hashlib.md5(path.read_bytes()).hexdigest() == name, path
 
+    def pulled(self, folder):
+        """A second clone, whose rooms come from a remote."""
+        self.call("dvc", "remote", "add", "--default", "store", str(folder / "store"))
+        self.commit("a remote")
+        self.call("dvc", "push")
+        second = self.second(folder / "second")
+        second.call("dvc", "pull")
+        return second
+
     def second(self, folder):
         """What ``git clone`` makes of it."""
         self.call("git", "clone", "--quiet", str(self.folder), str(folder))
@@ -173,11 +182,7 @@ def test_dvc_runs_and_versions_the_rooms(clone, finished, tmp_path):
     clone.check_agreed()
 
     # Elsewhere, with the rooms from a remote and without work/, there is nothing to do.
-    clone.call("dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
-    clone.commit("a remote")
-    clone.call("dvc", "push")
-    second = clone.second(tmp_path / "second")
-    second.call("dvc", "pull")
+    second = clone.pulled(tmp_path)
     assert content(second / "results") == content(clone / "results")
     assert not (second / "work").exists()
     second.check_agreed()
@@ -277,11 +282,7 @@ def test_there_and_back_with_every_kind_of_link(copied, clean, kind):
 
 @pytest.mark.slow
 def test_a_second_clone_goes_on(copied, clean, tmp_path):
-    copied.call("dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
-    copied.commit("a remote")
-    copied.call("dvc", "push")
-    second = copied.second(tmp_path / "second")
-    second.call("dvc", "pull")
+    second = copied.pulled(tmp_path)
     second.check_agreed()
     second.place.edit(prune__ratio=0.5)
     second.call("dvc", "repro")
@@ -340,11 +341,7 @@ def test_a_sweep_and_what_mlflow_was_told(copied, clean, tmp_path):
         if name.startswith("prune/"):
             assert content(points["ratio-0.5"])[name] == path
     copied.commit("a sweep")
-    copied.call("dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
-    copied.commit("a remote")
-    copied.call("dvc", "push")
-    second = copied.second(tmp_path / "second")
-    second.call("dvc", "pull")
+    second = copied.pulled(tmp_path)
     second.check_agreed()
 
     copied.place.edit(sweep={})

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
@@ -46,17 +45,10 @@ def unpruned(finished, tmp_path):
 
 
 @contextlib.contextmanager
-def at_work(place, environment, *arguments, step):
+def at_work(place, *arguments, step):
     """Snakemake in ``place``, and the process of its first job that does ``step``."""
     with (place / "said.txt").open("w") as said:
-        snakemake = subprocess.Popen(
-            place.command(*arguments),
-            cwd=place.folder,
-            env=environment,
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        snakemake = place.start(said, *arguments)
         try:
             while not (found := [job for job, name in jobs(place.folder) if name == step]):
                 assert snakemake.poll() is None, (place / "said.txt").read_text()
@@ -103,9 +95,9 @@ def test_killed_twice_it_ends_at_the_same_students(place, finished):
     assert "its lock is removed" not in place.finish("distill").output
 
 
-def test_two_runs_at_once_and_orphans(unpruned, finished, clean_environment):
+def test_two_runs_at_once_and_orphans(unpruned, finished):
     place = unpruned
-    with at_work(place, clean_environment, "prune", step="prune orders") as (first, job):
+    with at_work(place, "prune", step="prune orders") as (first, job):
         job.suspend()  # so that it is still there when it is looked at
         second = place.run("prune")
         assert second.status == 1 and "Directory cannot be locked" in second.output
@@ -127,14 +119,14 @@ def test_two_runs_at_once_and_orphans(unpruned, finished, clean_environment):
     assert not locks(place)
 
 
-def test_asked_to_stop_it_ends_cleanly_and_goes_on(unpruned, finished, clean_environment):
+def test_asked_to_stop_it_ends_cleanly_and_goes_on(unpruned, finished):
     place = unpruned
     # A terminal tells all processes; who sends SIGTERM means Snakemake, which awaits its jobs.
     for step, tell, asked in (
         ("prune orders", os.killpg, signal.SIGINT),
         ("prune refits", os.kill, signal.SIGTERM),
     ):
-        with at_work(place, clean_environment, "prune", step=step) as (snakemake, _):
+        with at_work(place, "prune", step=step) as (snakemake, _):
             tell(snakemake.pid, asked)
             assert snakemake.wait(120) in (0, 1)  # 0 where all was done when it looked
             assert not list(jobs(place.folder)) and not locks(place)
