@@ -73,7 +73,7 @@ test-rerun: install ## What every change reruns: exactly what depends on it.
 test-enospc: install ## Every step of the package on a full disk, write by write (15 minutes).
 	$(BIN)/python -m pytest -s -m "slow or not slow" tests/full_disk
 
-test-slurm: install ## The chain through a Slurm of its own, and what Slurm does to jobs (root; apt: slurm-wlm munge).
+test-slurm: install ## The chain through a Slurm of its own, and what Slurm does to jobs (root; apt: slurm-wlm munge; 12 minutes).
 	$(BIN)/python -m pytest -m "slow or not slow" tests/cluster
 
 test-mlflow: install ## Tellers killed at random leave MLflow as the files say (15 minutes).

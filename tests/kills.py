@@ -20,7 +20,7 @@ import psutil
 WHO = {"all": 4, "parent": 3, "job": 3}
 """What is killed, by how often: Snakemake with its jobs, Snakemake alone, or one job alone."""
 _TIMED = re.compile(r"images_per_s|seconds|speed")  # no two runs agree on it
-_TIMED_FILES = ("report.html", "speed.json")
+_TIMED_FILES = ("report.html", "README.md", "speed.json")
 _TIMEOUT_S = 900
 
 

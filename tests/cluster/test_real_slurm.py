@@ -1,19 +1,23 @@
 """profiles/slurm with a real Slurm: what it does to jobs, and what becomes of them."""
 
+import contextlib
 import hashlib
 import os
 import re
-import signal
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 PROFILE = Path(__file__).parents[2] / "profiles/slurm/config.yaml"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY"}
-STEPS = 24
+STEPS = 40
 # Every room, and few jobs a room. Steps take a second or so: what is killed at once has not saved.
 MLP = {"train": "mlp", "samples": STEPS * 6400, "batch_size": 6400, "lr": 1e-3, "min_lr": 1e-5}
 SMALL = {
@@ -30,6 +34,7 @@ def site(folder, **distill_stage):
     profile = yaml.safe_load(PROFILE.read_text())
     profile |= {"latency-wait": 10, "slurm-status-command": "squeue"}
     profile |= {"slurm-init-seconds-before-status-checks": 5, "slurm-keep-successful-logs": True}
+    profile["retries"] = 4
     profile["set-resources"]["distill_stage"] |= distill_stage
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(profile))
@@ -96,16 +101,23 @@ class Stage:
         before = self.steps()
         self.wait(lambda: self.steps() > before)
 
+    def hold(self):
+        """Stop the trainer until Slurm tells it to end: a job that is over cannot run out of time.
+
+        Slurm sends SIGCONT before SIGTERM.
+        """
+        for process in self.processes():
+            process.suspend()
+
     def processes(self):
         """Those of the trainer."""
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (process / "cmdline").read_bytes().split(b"\0")
-                is_here = (process / "cwd").readlink() == self.place.folder
-            except OSError:
-                continue
-            if is_here and words[1:5] == [b"-m", b"dgmr", b"distill", b"train"]:
-                yield int(process.name)
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, ValueError):  # it ended, or has no -m
+                words = process.cmdline()
+                # torchrun and srun have the same words, further behind.
+                is_trainer = words[words.index("-m") :][:4] == ["-m", "dgmr", "distill", "train"]
+                if is_trainer and process.cwd() == str(self.place.folder):
+                    yield process
 
     def said(self, job):
         (log,) = (self.place / "logs/slurm").rglob(f"{job}.log")
@@ -129,9 +141,14 @@ def workstation(new_place):
 
 @pytest.mark.slow
 def test_a_chain_that_suffers_ends_as_on_a_workstation(slurm, workstation, new_place, tmp_path):
-    """Out of memory, out of time, cancelled, put back into the queue; then it may end."""
+    """Out of memory, warned, out of time, cancelled, put back into the queue; then it may end."""
     place = new_place(**SMALL)
-    options = site(tmp_path / "site", mem_mb="300 if attempt == 1 else 8000")
+    warned_before = yaml.safe_load(PROFILE.read_text())["set-resources"]["distill_stage"]
+    options = site(
+        tmp_path / "site",
+        mem_mb="300 if attempt == 1 else 8000",
+        slurm_extra=f"'' if attempt == 3 else {warned_before['slurm_extra']}",
+    )
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(place.run, *options, cores=None, **slurm.environment)
         stage = Stage(slurm, place, run)
@@ -140,10 +157,15 @@ def test_a_chain_that_suffers_ends_as_on_a_workstation(slurm, workstation, new_p
         assert stage.ended(killed) in {"OUT_OF_MEMORY", "FAILED", "CANCELLED"}
         assert stage.steps() == 0
 
+        warned = stage.next_job()
+        stage.goes_on()
+        stage.hold()
+        slurm.said("scontrol", "update", f"JobId={warned}", "TimeLimit=3")
+        assert stage.ended(warned) == "FAILED"
+
         late = stage.next_job()
         stage.goes_on()
-        for process in stage.processes():
-            os.kill(process, signal.SIGSTOP)  # until the time is over: Slurm sends SIGCONT first
+        stage.hold()
         slurm.said("scontrol", "update", f"JobId={late}", "TimeLimit=1")
         assert stage.ended(late) == "TIMEOUT"
 
@@ -161,10 +183,44 @@ def test_a_chain_that_suffers_ends_as_on_a_workstation(slurm, workstation, new_p
         done = run.result()
     assert done.status == 0, done.output
     assert "exceeded memory limit" in stage.said(killed)
-    assert stage.went_on_after(cancelled) == stage.stopped_after(late) < STEPS
-    assert stage.stopped_after(cancelled) < again_from == stage.went_on_after(requeued)
+    assert stage.went_on_after(late) == stage.stopped_after(warned)
+    assert stage.went_on_after(cancelled) == stage.stopped_after(late)
+    assert stage.stopped_after(cancelled) < again_from == stage.went_on_after(requeued) < STEPS
     assert models(place) == models(workstation)
     assert len(models(place)) == 4  # teacher, pruned, distilled, student
     assert rules_of(place) >= {"targets", "calibration", "distill_stage", "evaluate_model"}
     fetching = {"teacher", "check", "fashion_table", "select_samples", "pack_evaluation"}
     assert not rules_of(place) & fetching
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one_process(slurm, workstation, tmp_path):
+    place = workstation.copy(tmp_path / "copy")
+    for path in (place / "results/distill", place / "work/distill"):
+        shutil.rmtree(path)
+    several = {"nodes": 2, "gpu": 2, "gres": "gpu:1", "mpi": "srun", "tasks": 2, "tasks_per_gpu": 0}
+    options = site(tmp_path / "site", **several)
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(
+            place.run, *options, "--until", "distill_stage", cores=None, **slurm.environment
+        )
+        stage = Stage(slurm, place, run)
+        stage.next_job()
+
+        def members():
+            found = {}
+            for process in stage.processes():
+                with contextlib.suppress(psutil.Error):
+                    told = process.environ()
+                    if told.get("WORLD_SIZE") == "2":
+                        found[told["RANK"]] = told["SLURMD_NODENAME"]
+            return len(found) == 2 and found
+
+        assert set(stage.wait(members).values()) == {"n1", "n2"}
+        done = run.result()
+    assert done.status == 0, done.output
+    one, two = (
+        load_file(of / "results/distill/mlp/model.safetensors") for of in (workstation, place)
+    )
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(two[name], one[name], rtol=1e-3, atol=1e-4) for name in one)
