@@ -11,7 +11,7 @@ VALUES = {
     "teacher": {"model": "vit_tiny_patch16_224"},
     "data": {"source": "table", "table": "t.parquet", "urls": "http", "n_samples": 300},
     "prune": {"ratio": 1.0},
-    "distill": {"stages": {"mlp": STAGE}},
+    "distill": {"stages": {"mlp": STAGE | {"prune": {"ratio": 0.5}}}},
     "sweep": {"prune.ratio": [0.5]},
 }
 
@@ -43,6 +43,7 @@ def test_nothing_that_a_run_asks_for_goes(config, tmp_path):
     write(work / "hashes.json")
     write(work / "fashion-mnist/train-images-idx3-ubyte.gz")
     write(work / "benchmark/targets/00000.tsv")
+    write(work / "benchmark/prune_again" / Keys(config).prune_again("mlp") / "results/mlp.tsv")
     found = clean.unneeded(config)
     assert {str(each.path) for each in found} == {
         "work/features/0123456789ab",

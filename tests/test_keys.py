@@ -5,6 +5,7 @@ import os
 
 import pytest
 from dgmr import fingerprint, keys, params
+from dgmr.errors import DgmrError
 from dgmr.keys import Keys
 
 STAGE = {"train": "mlp", "samples": 640, "lr": 1e-3}
@@ -216,6 +217,53 @@ def test_content_of_the_users_files_counts_and_not_their_time(place, path, wante
     assert changed(before) == set()
 
 
+def test_evaluation_images_count(place):
+    for name in ("a/0.jpg", "a/1.jpg", "b/0.jpg"):
+        (place / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / "images" / name).write_text(name)
+    values = with_value("data.eval", {"source": "imagefolder", "path": "images"})
+    before = all_keys(values)
+    os.utime(place / "images/a/0.jpg", (1, 1))
+    assert changed(before, values) == set()
+    (place / "images/a/0.jpg").write_text("of another size")
+    assert changed(before, values) == {"evaluation_shards", *EVALUATION_DATA}
+    (place / "images/a/0.jpg").write_text("a/0.jpg")
+    assert changed(before, values) == set()
+    (place / "images/b/0.jpg").rename(place / "images/b/1.jpg")
+    assert "evaluation_shards" in changed(before, values)
+
+
+def test_evaluation_tars_count(place):
+    values = with_value("data.eval", {"source": "webdataset", "path": "tars/*.tar"})
+    nothing = all_keys(values)
+    (place / "tars").mkdir()
+    (place / "tars/0.tar").write_text("a")
+    before = all_keys(values)
+    assert before["evaluation_shards"] != nothing["evaluation_shards"]
+    (place / "tars/0.tar").write_text("b")
+    assert changed(before, values) == {"evaluation_shards", *EVALUATION_DATA}
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+def test_versions_count_wherever_images_are_shown(place, monkeypatch, cache):
+    values = with_value("features.cache", cache)
+    before = all_keys(values)
+    installed = fingerprint.versions
+    monkeypatch.setattr(keys, "versions", lambda *names: installed(*names) | {"torchvision": "9"})
+    assert changed(before, values) == {*TARGETS, *CALIBRATION}
+
+
+def test_a_full_disk_costs_no_key(place, monkeypatch):
+    before = all_keys(BASE)
+    fingerprint.HASHES.unlink()
+
+    def full(*_):
+        raise DgmrError("full")
+
+    monkeypatch.setattr(fingerprint, "write_json", full)
+    assert changed(before) == set()
+
+
 def test_new_table_counts(place):
     before = all_keys(BASE)
     (place / "table/c.parquet").write_text("c")
@@ -268,6 +316,12 @@ def test_every_rule_that_makes_something_has_its_command_known():
     ):
         assert "python -m dgmr" in fingerprint.command(rule)
     assert fingerprint.command("no such rule") == ""
+
+
+def test_command_is_also_what_the_rule_puts_into_it():
+    assert "--from img2dataset==" in fingerprint.command("download_images")
+    assert "sequential-refits --data results/data" in fingerprint.command("refit_blocks")
+    assert "mem_mb" not in fingerprint.command("refit_blocks")
 
 
 def test_points_of_a_sweep_share_what_they_can(place):

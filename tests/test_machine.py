@@ -1,5 +1,6 @@
 """What jobs share, and locks that outlive their run."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,23 @@ def test_lock_of_a_killed_run_is_removed(place, caplog):
     run.communicate()
     machine.take_over_from_the_dead()
     assert not place.exists() and "was killed" in caplog.text
+
+
+def test_jobs_of_a_killed_run_are_cancelled(place, caplog, monkeypatch, tmp_path):
+    here = Path.cwd()
+    jobs = [f"7|rule_targets|{here}", f"8|rule_targets|{here}/b", f"9||{here}", f"10|rule_x|{here}"]
+    for name, text in (("squeue", "\n".join(jobs)), ("scancel", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho $@ > {name}.txt\ncat <<.\n{text}\n.\n")
+        (tmp_path / name).chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    run = another_run()
+    assert not (tmp_path / "squeue.txt").exists()  # nobody was killed
+    place.write_text("results/x\n")
+    run.kill()
+    run.communicate()
+    machine.take_over_from_the_dead()
+    assert (tmp_path / "scancel.txt").read_text() == "7 10\n"
+    assert "left in Slurm are cancelled: 7 10." in caplog.text
 
 
 def test_lock_of_a_living_run_stays(place):

@@ -18,6 +18,7 @@ WHO = ["-c", "user.name=tests", "-c", "user.email=tests@localhost"]
 # As little as makes a chain, for those tests that run many.
 _STAGE = {"train": "mlp", "samples": 64, "batch_size": 32, "lr": 1e-3, "min_lr": 1e-5}
 MICRO = {
+    "sweep": {},  # DVC wants every section that it is told to look at
     "data__n_samples": 96,
     "data__shards_per_job": 1,
     "data__eval__n_samples": 64,

@@ -65,7 +65,7 @@ def test_environment_has_what_the_package_imports(environments, repository):
 def test_img2dataset_is_pinned_once(environments, repository):
     (listed,) = (d["pip"] for d in environments["download.yaml"]["dependencies"] if type(d) is dict)
     text = (repository / "workflow/rules/data.smk").read_text()
-    assert listed == re.findall(r'^IMG2DATASET = "(.*)"$', text, re.MULTILINE)
+    assert listed == re.findall(r"--from (img2dataset==\S+) img2dataset", text)
 
 
 def test_every_rule_with_a_command_has_log_environment_and_message(rules):

@@ -12,6 +12,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +29,7 @@ _SCRATCH = ".scratch"
 _LOCK = ".lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EINVAL}
 _LONGEST_NAP_S = 1.0
+_FLUSHED_AT_ONCE = 16
 log = logging.getLogger(__name__)
 
 
@@ -67,8 +69,7 @@ def replaced_files(folder: Path, last: str) -> Iterator[Path]:
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir()
             yield partial
-            for path in partial.rglob("*"):
-                _flush(path)
+            _flush(*partial.rglob("*"))
             names = sorted(path.name for path in partial.iterdir() if path.name != last)
             discarded.mkdir()
             with contextlib.ExitStack() as undone:
@@ -240,19 +241,28 @@ def _disk_told(path: Path, *also: int) -> Iterator[None]:
         ) from error
 
 
-def _flush(path: Path) -> None:
-    """Bring a file or folder to the disk, readable as any new file of this user is.
+def _flush(*paths: Path) -> None:
+    """Bring files and folders to the disk, readable as any new file of this user is.
 
     Some libraries write theirs for the owner alone. Whether it can be written to is left alone: a linked
     file may be in DVC's cache too, which protects its files.
     """
-    if path.is_file():
-        umask = os.umask(0)
-        os.umask(umask)
-        path.chmod(path.stat().st_mode | 0o444 & ~umask)
-    with _disk_told(path, errno.EIO):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    umask = os.umask(0)
+    os.umask(umask)
+
+    def flush(path: Path) -> None:
+        if path.is_file():
+            path.chmod(path.stat().st_mode | 0o444 & ~umask)
+        with _disk_told(path, errno.EIO):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    if len(paths) == 1:
+        return flush(*paths)
+    # The file system's journal takes those that wait side by side together.
+    with ThreadPoolExecutor(_FLUSHED_AT_ONCE) as pool:
+        for _ in pool.map(flush, paths):
+            pass

@@ -1,16 +1,19 @@
 """Hashes of what a result depends on: values, code, commands, files. :mod:`dgmr.keys` puts them together."""
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import io
 import json
+import os
 import tokenize
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dgmr.errors import DgmrError
 from dgmr.files import read_json, sha256, write_json
 
 PACKAGE = Path(__file__).parent
@@ -19,6 +22,9 @@ HASHES = Path("work/hashes.json")
 # They say how a stage is called and checked, not what it computes: values reach it through its
 # command line, which Snakemake watches.
 _NEUTRAL = {"dgmr.params", "dgmr.errors", "dgmr.cli", "dgmr.fingerprint", "dgmr.keys"}
+_DIRECTIVE = 4
+"""Column of a rule's directives, as snakefmt has them."""
+_BLANK = (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT)
 
 
 def key(*parts: Any) -> str:
@@ -51,7 +57,8 @@ def code(module: str) -> str:
 
 @functools.cache
 def command(rule: str) -> str:
-    """The shell command of a rule in ``workflow/rules``, as it is written there; empty where it has none."""
+    """The shell command of a rule in ``workflow/rules`` and the params it is put together from, as they
+    are written there, but for spaces and comments; empty where it has none."""
     return _commands().get(rule, "")
 
 
@@ -62,14 +69,15 @@ def _commands() -> dict[str, str]:
     for path in sorted(RULES.glob("*.smk")):
         before, rule, directive = "", "", ""
         for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
-            if token.type == tokenize.NAME and before == "rule":
+            if before == "rule":
                 rule = token.string
-            elif token.type == tokenize.OP and token.string == ":":
-                directive = before
-            elif token.type == tokenize.STRING and directive == "shell":
+            if token.type == tokenize.NAME and token.start[1] in (0, _DIRECTIVE):
+                directive = token.string
+            elif directive == "shell" and token.type == tokenize.STRING:
                 found[rule] = found.get(rule, "") + ast.literal_eval(token.string)
-            if token.type in (tokenize.NAME, tokenize.OP):
-                before = token.string
+            elif directive == "params" and token.type not in _BLANK:
+                found[rule] = found.get(rule, "") + token.string
+            before = token.string
     return found
 
 
@@ -98,8 +106,23 @@ def content(paths: Iterable[Path]) -> list[str | None]:
             new[str(path)] = [*seen, digest]
         found.append(digest)
     if new:
-        write_json(HASHES, known | new)
+        with contextlib.suppress(DgmrError):  # a full disk; they are read again next time
+            write_json(HASHES, known | new)
     return found
+
+
+def listing(folder: Path) -> str:
+    """Hash of the names and sizes of all files in ``folder``, for folders too large to be read each time.
+
+    So a file that is replaced by one of the same size is not noticed.
+    """
+    found = [
+        (os.path.relpath(path, folder), os.stat(path).st_size)
+        for where, _, names in os.walk(folder, followlinks=True)
+        for path in (os.path.join(where, name) for name in names)
+        if os.path.exists(path)
+    ]
+    return key(sorted(found))
 
 
 def _closure(module: str) -> set[str]:
@@ -137,16 +160,26 @@ def _source(name: str) -> Path:
 
 
 @functools.cache
-def _tree(path: Path) -> str:
-    """The syntax tree without docstrings, as text."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(body := getattr(node, "body", None), list):
-            body[:] = [statement for statement in body if not _is_docstring(statement)]
-    return ast.dump(tree)
+def _tree(path: Path) -> Any:
+    """The syntax tree without docstrings, as JSON."""
+    return _plain(ast.parse(path.read_text()))
 
 
-def _is_docstring(statement: ast.stmt) -> bool:
+def _plain(node: Any) -> Any:
+    """Not ``ast.dump``: a new Python's nodes have new fields, which are empty for older code."""
+    match node:
+        case list():
+            return [_plain(each) for each in node if not _is_docstring(each)]
+        case ast.AST():
+            fields = ((name, _plain(value)) for name, value in ast.iter_fields(node))
+            return [type(node).__name__, {name: value for name, value in fields if value}]
+        case None:
+            return None
+        case _:
+            return f"{type(node).__name__} {node!r}"
+
+
+def _is_docstring(statement: Any) -> bool:
     """Of a module, class, function or attribute."""
     match statement:
         case ast.Expr(value=ast.Constant(value=str())):

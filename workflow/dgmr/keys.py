@@ -16,7 +16,7 @@ from typing import Any
 
 from dgmr.checkpoint import teacher_files
 from dgmr.errors import DgmrError
-from dgmr.fingerprint import code, command, content, key, versions
+from dgmr.fingerprint import code, command, content, key, listing, versions
 from dgmr.params import Ordering, Params
 
 TEACHER, PRUNED = "teacher", "pruned"
@@ -100,10 +100,17 @@ class Keys:
 
     @functools.cached_property
     def evaluation_shards(self) -> str:
-        """``work/data/<key>/evaluation``."""
+        """``work/data/<key>/evaluation``; with the content of tars, names and sizes of an ImageFolder's files."""
         data = self.params.data
         wanted = data.eval.model_dump(mode="json")
-        return step("pack_evaluation", "dgmr.data.evaluation", wanted, data.shard_size)
+        match data.eval.source:
+            case "imagefolder":
+                images: Any = listing(Path(str(data.eval.path)))
+            case "webdataset":
+                images = content(map(Path, sorted(glob(str(data.eval.path), recursive=True))))
+            case _:
+                images = None
+        return step("pack_evaluation", "dgmr.data.evaluation", wanted, images, data.shard_size)
 
     @functools.cached_property
     def evaluation_data(self) -> str:
@@ -114,15 +121,13 @@ class Keys:
     def targets(self) -> str:
         """``work/features/<key>/targets``."""
         asked = self.params.features.model_dump(mode="json", exclude={"calibration", "cache"})
-        # Other versions may draw other pixels, or compute with other kernels.
-        libraries = versions("torch", "torchvision", "timm", "pillow")
-        return step("targets", "dgmr.features.targets", libraries, self.teacher, self.shards, asked)
+        return step("targets", "dgmr.features.targets", *self._asked, asked)
 
     @functools.cached_property
     def calibration(self) -> str:
         """``work/features/<key>/calibration``."""
         drawn = self.params.features.model_dump(mode="json", include={"calibration", "batch_size"})
-        return step("calibration", "dgmr.features.calibration", self.teacher, self.shards, drawn)
+        return step("calibration", "dgmr.features.calibration", *self._asked, drawn)
 
     @functools.cached_property
     def features(self) -> str:
@@ -232,6 +237,7 @@ class Keys:
             self.refits,
             self.speed,
             *(self.distill(stage) for stage in stages),
+            *(self.prune_again(name) for name, stage in stages.items() if stage.prune is not None),
             *(self.evaluation(model) for model in self.models),
         }
 
@@ -266,8 +272,14 @@ class Keys:
         features = self.params.features
         if features.cache == "disk":
             return self.targets
-        asked = features.model_dump(mode="json", exclude={"calibration"})
-        return [self.teacher, self.shards, asked]
+        return [*self._asked, features.model_dump(mode="json", exclude={"calibration"})]
+
+    @property
+    def _asked(self) -> list[Any]:
+        """The teacher, and the images that it is shown."""
+        # Other versions may draw other pixels, or compute with other kernels.
+        libraries = versions("torch", "torchvision", "timm", "pillow")
+        return [libraries, self.teacher, self.shards]
 
     @property
     def _pruning(self) -> Any:

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import socket
+import subprocess
 from glob import glob
 from pathlib import Path
 
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def resources() -> dict[str, int]:
-    """``mem_mb`` (MB of memory) and ``gpu`` (NVIDIA GPUs) that jobs on this machine have to share.
+    """``mem_mb`` (MB of memory), ``gpu`` (NVIDIA GPUs) and ``mlflow`` (tellers) that jobs here have to share.
 
     Without torch, for Snakemake asks at parse time: a container's limit counts, and of the GPUs those
     that CUDA_VISIBLE_DEVICES leaves.
@@ -33,7 +34,7 @@ def resources() -> dict[str, int]:
     gpus = glob("/dev/nvidia[0-9]*")
     if visible is not None:
         gpus = [name for name in visible.split(",") if name not in ("", "-1")]
-    return {"mem_mb": memory // 1_000_000, "gpu": len(gpus)}
+    return {"mem_mb": memory // 1_000_000, "gpu": len(gpus), "mlflow": 1}
 
 
 def take_over_from_the_dead() -> None:
@@ -69,9 +70,25 @@ def _take_over(descriptor: int) -> None:
             "The run before this one was killed: its lock is removed, and the work goes on."
         )
         shutil.rmtree(locks)
+        _cancel_orphans()
     _end_orphans()
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, here.encode(), 0)
+
+
+def _cancel_orphans() -> None:
+    """The same of jobs that Slurm still has: those that Snakemake's plugin submitted from this folder."""
+    command = ["squeue", "--me", "--noheader", "--format=%A|%k|%Z"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):  # no Slurm here, or it does not answer
+        return
+    jobs = [line.split("|", 2) for line in told.splitlines() if line.count("|") >= 2]
+    here = os.getcwd()
+    orphans = [job for job, rule, folder in jobs if rule.startswith("rule_") and folder == here]
+    if orphans:
+        log.warning("Jobs that it left in Slurm are cancelled: %s.", " ".join(orphans))
+        subprocess.run(["scancel", *orphans], check=False)
 
 
 def _end_orphans() -> None:

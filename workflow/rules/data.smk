@@ -1,8 +1,5 @@
 # Data: a table of image URLs becomes shards; labelled images become evaluation shards.
 
-# The one that envs/download.yaml pins; without conda, uv gives it an environment of its own.
-IMG2DATASET = "img2dataset==1.47.0"
-
 FROM_WEB = PARAMS.data.urls == "http"
 DOWNLOAD = PARAMS.data.download
 
@@ -70,7 +67,8 @@ rule download_images:
         "../../envs/download.yaml"
     params:
         rows=f"{SELECTION}/{{job}}.parquet",
-        img2dataset=f"uv tool run --from {IMG2DATASET} img2dataset",
+        # The one that envs/download.yaml pins; without conda, uv gives it an environment of its own.
+        img2dataset="uv tool run --from img2dataset==1.47.0 img2dataset",
         shard_size=PARAMS.data.shard_size,
         download=DOWNLOAD,
     message:

@@ -47,7 +47,7 @@ rule evaluate_model:
         " --output {output} 2>&1 | tee {log}"
 
 
-# All threads: nothing else may run while speed is measured.
+# All threads, and no teller beside it, which takes none: nothing else may run while speed is measured.
 rule measure_speed:
     input:
         lambda wildcards: ancient(
@@ -64,6 +64,7 @@ rule measure_speed:
         mem_mb=16000,
         runtime=60,
         gpu=1,
+        mlflow=1,
     params:
         models=lambda wildcards: named_models(SPEEDS[wildcards.key]),
         config=PARAMS.evaluate.model_dump_json(exclude={"batch_size"}),

@@ -29,10 +29,13 @@ rule report:
         "../../envs/dgmr.yaml"
     params:
         config=json.dumps(PARAMS.shaping() | {"sweep": PARAMS.sweep}),
+        # Of DVC's rooms these two may have nothing in them, but are there.
+        empty=["results/sweep", "results/track"],
     message:
         "Writing the report"
     shell:
-        "python -m dgmr report --results results --config {params.config:q}" " 2>&1 | tee {log}"
+        "mkdir -p {params.empty};"
+        " python -m dgmr report --results results --config {params.config:q} 2>&1 | tee {log}"
 
 
 # The same of a point of the sweep, which shares the rooms before the pruning with all others.

@@ -24,7 +24,8 @@ wildcard_constraints:
     room="|".join(stamps_to_track("results")),
 
 
-# No core of its own, and behind all others on theirs: no stage waits for the store.
+# No core of its own, and behind all others on theirs: no stage waits for the store, but that which measures
+# speed, for one teller.
 rule track:
     input:
         lambda wildcards: ancient(stamps_to_track(wildcards.results)[wildcards.room]),
@@ -35,6 +36,8 @@ rule track:
     conda:
         "../../envs/dgmr.yaml"
     threads: 0
+    resources:
+        mlflow=1,
     params:
         folder=folder_of("output"),
         config=lambda wildcards: KEYS[wildcards.results].params.model_dump_json(),
