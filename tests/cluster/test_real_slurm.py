@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 
 PROFILE = Path(__file__).parents[2] / "profiles/slurm/config.yaml"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY"}
-STEPS = 40
+STEPS = 48
 # Every room, and few jobs a room. Steps take a second or so: what is killed at once has not saved.
 MLP = {"train": "mlp", "samples": STEPS * 6400, "batch_size": 6400, "lr": 1e-3, "min_lr": 1e-5}
 SMALL = {
@@ -65,16 +64,30 @@ def test_jobs_go_through_sbatch(slurm, new_place, tmp_path):
 
 
 class Stage:
-    """The jobs of the one stage, one after the other."""
+    """The jobs of the one stage, one after the other, and the Snakemake that submits them."""
 
-    def __init__(self, slurm, place, run):
-        self.slurm, self.place, self.run = slurm, place, run
+    def __init__(self, slurm, place, *options):
+        self.slurm, self.place, self.options = slurm, place, options
         self.jobs = []
+        self.start()
+
+    def start(self):
+        with (self.place / "said.txt").open("w") as said:
+            self.snakemake = self.place.start(
+                said, *self.options, cores=None, **self.slurm.environment
+            )
+
+    def finish(self):
+        """What Snakemake says, once all is done."""
+        status = self.snakemake.wait(800)
+        said = (self.place / "said.txt").read_text()
+        assert status == 0, said
+        return said
 
     def wait(self, condition, seconds=800):
         until = time.monotonic() + seconds
         while not (found := condition()):
-            assert not self.run.done(), self.run.result().output
+            assert self.snakemake.poll() is None, (self.place / "said.txt").read_text()
             assert time.monotonic() < until
             time.sleep(0.05)
         return found
@@ -130,6 +143,16 @@ class Stage:
         return int(re.search(r"going on after step (\d+) of", self.said(job))[1])
 
 
+@contextlib.contextmanager
+def started(*arguments):
+    stage = Stage(*arguments)
+    try:
+        yield stage
+    finally:
+        if stage.snakemake.poll() is None:
+            stage.snakemake.kill()
+
+
 @pytest.fixture(scope="module")
 def workstation(new_place):
     """The same chain where nothing happens to it; with all cores, as jobs have them."""
@@ -141,7 +164,8 @@ def workstation(new_place):
 
 @pytest.mark.slow
 def test_a_chain_that_suffers_ends_as_on_a_workstation(slurm, workstation, new_place, tmp_path):
-    """Out of memory, warned, out of time, cancelled, put back into the queue; then it may end."""
+    """Out of memory, warned, out of time, cancelled, put back into the queue, Snakemake killed; then it may
+    end."""
     place = new_place(**SMALL)
     warned_before = yaml.safe_load(PROFILE.read_text())["set-resources"]["distill_stage"]
     options = site(
@@ -149,10 +173,7 @@ def test_a_chain_that_suffers_ends_as_on_a_workstation(slurm, workstation, new_p
         mem_mb="300 if attempt == 1 else 8000",
         slurm_extra=f"'' if attempt == 3 else {warned_before['slurm_extra']}",
     )
-    with ThreadPoolExecutor(1) as pool:
-        run = pool.submit(place.run, *options, cores=None, **slurm.environment)
-        stage = Stage(slurm, place, run)
-
+    with started(slurm, place, *options) as stage:
         killed = stage.next_job()
         assert stage.ended(killed) in {"OUT_OF_MEMORY", "FAILED", "CANCELLED"}
         assert stage.steps() == 0
@@ -180,12 +201,20 @@ def test_a_chain_that_suffers_ends_as_on_a_workstation(slurm, workstation, new_p
         stage.wait(lambda: slurm.state(requeued) == "PENDING")
         again_from = stage.steps()
         slurm.said("scontrol", "update", f"JobId={requeued}", "StartTime=now")
-        done = run.result()
-    assert done.status == 0, done.output
+        stage.goes_on()
+
+        # Snakemake itself, whose job lives on.
+        stage.snakemake.kill()
+        stage.snakemake.wait()
+        assert slurm.state(requeued) == "RUNNING"
+        stage.start()
+        last = stage.next_job()
+        assert f"Jobs that it left in Slurm are cancelled: {requeued}." in stage.finish()
     assert "exceeded memory limit" in stage.said(killed)
     assert stage.went_on_after(late) == stage.stopped_after(warned)
     assert stage.went_on_after(cancelled) == stage.stopped_after(late)
-    assert stage.stopped_after(cancelled) < again_from == stage.went_on_after(requeued) < STEPS
+    assert stage.stopped_after(cancelled) < again_from == stage.went_on_after(requeued)
+    assert stage.stopped_after(requeued) == stage.went_on_after(last) < STEPS
     assert models(place) == models(workstation)
     assert len(models(place)) == 4  # teacher, pruned, distilled, student
     assert rules_of(place) >= {"targets", "calibration", "distill_stage", "evaluate_model"}
@@ -200,11 +229,7 @@ def test_two_nodes_train_as_one_process(slurm, workstation, tmp_path):
         shutil.rmtree(path)
     several = {"nodes": 2, "gpu": 2, "gres": "gpu:1", "mpi": "srun", "tasks": 2, "tasks_per_gpu": 0}
     options = site(tmp_path / "site", **several)
-    with ThreadPoolExecutor(1) as pool:
-        run = pool.submit(
-            place.run, *options, "--until", "distill_stage", cores=None, **slurm.environment
-        )
-        stage = Stage(slurm, place, run)
+    with started(slurm, place, *options, "--until", "distill_stage") as stage:
         stage.next_job()
 
         def members():
@@ -217,8 +242,7 @@ def test_two_nodes_train_as_one_process(slurm, workstation, tmp_path):
             return len(found) == 2 and found
 
         assert set(stage.wait(members).values()) == {"n1", "n2"}
-        done = run.result()
-    assert done.status == 0, done.output
+        stage.finish()
     one, two = (
         load_file(of / "results/distill/mlp/model.safetensors") for of in (workstation, place)
     )
