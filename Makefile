@@ -70,7 +70,7 @@ test-distributed: install ## Several processes train as one does.
 test-rerun: install ## What every change reruns: exactly what depends on it.
 	$(BIN)/python -m pytest tests/workflow/test_rerun.py tests/test_keys.py
 
-test-enospc: install ## Every step of the package on a full disk, write by write (15 minutes).
+test-enospc: install ## Every step that makes files, on a full disk, write by write (15 minutes).
 	$(BIN)/python -m pytest -s -m "slow or not slow" tests/full_disk
 
 test-slurm: install ## The chain through a Slurm of its own, and what Slurm does to jobs (root; apt: slurm-wlm munge; 12 minutes).

@@ -14,7 +14,7 @@ import tiny
 from dgmr import artefact, fashion_mnist
 from dgmr.data import evaluation, fashion_table, pack, publish, select
 from dgmr.distill import trainer
-from dgmr.evaluate import accuracy
+from dgmr.evaluate import accuracy, gather
 from dgmr.export import export
 from dgmr.features import calibration, targets
 from dgmr.features import publish as features_publish
@@ -172,6 +172,11 @@ def do_distill(rooms, folder, variant):
 def do_evaluate(rooms, folder, variant):
     given = rooms.parent(variant), rooms.teacher(variant), rooms.data(variant)
     accuracy.evaluate("student", *given, 4, folder / "scores" / "student.json")
+
+
+def do_gather(rooms, folder, variant):
+    score = rooms.parent(variant) / "config.json"
+    gather.gather({"teacher": score}, rooms.parent(variant) / "provenance.json", folder / "scores")
 
 
 def do_report(rooms, folder, variant):

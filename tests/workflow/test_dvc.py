@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -144,8 +145,10 @@ def content(results):
         name = str(path.relative_to(results))
         if path.is_dir() or name.startswith(("sweep", "track")):
             continue
-        if path.name in ("report.html", "README.md"):
+        if path.name == "report.html":
             found[name] = None
+        elif path.name == "README.md":
+            found[name] = re.sub(r"[\d,]+ \|\n", "", path.read_text())  # images a second
         elif path.suffix == ".json":
             found[name] = without_speeds(json.loads(path.read_text()))
         else:
