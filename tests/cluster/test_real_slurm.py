@@ -208,6 +208,7 @@ def test_a_chain_that_suffers_ends_as_on_a_workstation(slurm, workstation, new_p
         stage.snakemake.wait()
         assert slurm.state(requeued) == "RUNNING"
         stage.start()
+        stage.next_job()  # a first attempt, without enough memory
         last = stage.next_job()
         assert f"Jobs that it left in Slurm are cancelled: {requeued}." in stage.finish()
     assert "exceeded memory limit" in stage.said(killed)
