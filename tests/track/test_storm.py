@@ -217,6 +217,25 @@ def test_eight_at_once_on_a_fresh_store(fresh, monkeypatch):
     chain.check(monkeypatch)
 
 
+def test_two_folders_at_once_make_one_store(tmp_path, whole, experiment):
+    """Each has a lock of its own, and sees no store when it begins."""
+    uri = f"sqlite:///{tmp_path}/shared/mlflow.db"
+    chains = [Chain(tmp_path / name, whole, uri, f"{experiment}-{name}", 0) for name in "ab"]
+    running = []
+    for chain in chains:
+        chain._finish("teacher")
+        given = ["--results", chain.results, "--config", chain.config.model_dump_json()]
+        running.append(tellers.start(chain.folder, "room", "teacher", *given))
+    for process in running:
+        process.join(300)
+    assert [process.exitcode for process in running] == [0, 0]
+    for chain in chains:
+        assert "Warning" not in (chain.folder / "tellers.out").read_text()
+        _, found = told.Store(chain.experiment, uri).finished()
+        assert list(found) == ["teacher"]
+    assert [path.name for path in (tmp_path / "shared").glob("mlflow.db*")] == ["mlflow.db"]
+
+
 def test_gusts(fresh, monkeypatch):
     chain = fresh(1)
     storm(chain, rounds=1, count=3)

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import yaml
 
 import dgmr
-from dgmr.files import replaced
+from dgmr.files import alone, replaced
 from dgmr.fingerprint import key, versions
 from dgmr.params import Params
 from dgmr.track.accounts import Account, Point, flat
@@ -210,13 +210,19 @@ def connect(uri: str) -> tuple["MlflowClient", str | None]:
 
 
 def make(database: Path, artifacts: str) -> None:
-    """A new store, complete or absent: one whose tables were half made would never open again."""
+    """A store where there is none, complete or absent: one half made would never open again."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    with replaced(database) as partial:
-        for leftover in partial.parent.glob(f"{partial.name}*"):  # of a killed one, its journal too
-            leftover.unlink()
-        SqlAlchemyStore(f"sqlite:///{partial}", artifacts).engine.dispose()
+    # Not the lock of the database: `replaced` takes that one itself, and would end ours with it.
+    with alone(database.with_name(f"{database.name}.making")):
+        if database.exists():  # made as we waited, from another working folder
+            return
+        with replaced(database) as partial:
+            for leftover in partial.parent.glob(
+                f"{partial.name}*"
+            ):  # a killed one's, its journal too
+                leftover.unlink()
+            SqlAlchemyStore(f"sqlite:///{partial}", artifacts).engine.dispose()
 
 
 def _as_params(values: dict[str, Any]) -> list[Any]:
