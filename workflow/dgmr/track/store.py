@@ -218,9 +218,8 @@ def make(database: Path, artifacts: str) -> None:
         if database.exists():  # made as we waited, from another working folder
             return
         with replaced(database) as partial:
-            for leftover in partial.parent.glob(
-                f"{partial.name}*"
-            ):  # a killed one's, its journal too
+            # What a killed one has left, its journal too.
+            for leftover in partial.parent.glob(f"{partial.name}*"):
                 leftover.unlink()
             SqlAlchemyStore(f"sqlite:///{partial}", artifacts).engine.dispose()
 

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from dgmr.errors import DgmrError
 from dgmr.params import Params
-from dgmr.track.accounts import Account, read, read_live, rooms
+from dgmr.track.accounts import Account, Room, look, read, rooms
 from dgmr.track.store import Chain
 
 LOCK = Path("work/track.lock")
@@ -26,7 +26,7 @@ _BYTES_PER_S = 20e6
 class Told(NamedTuple):
     """How a telling went."""
 
-    known: dict[str, bool]
+    known: dict[Room, bool]
     """By room, whether the store knows it now."""
     warning: str | None
 
@@ -38,28 +38,28 @@ class _TooLate(BaseException):
 def track(room: str, params: Params, results: Path) -> bool:
     """Tell the store what the files of ``room`` under ``results`` say; whether it knows it now.
 
+    That they are of these params is the caller's to know.
+
     Raises:
         DgmrError: there is no such room, or it is not done.
     """
-    if room not in rooms(params):
-        raise DgmrError(f"{room} is no room; choose one of {', '.join(rooms(params))}.")
-    account = read(room, params, results)
+    by_name = {str(found): found for found in rooms(params, results)}
+    if room not in by_name:
+        raise DgmrError(f"{room} is no room; choose one of {', '.join(by_name)}.")
+    account = read(by_name[room])
     if account is None:
         raise DgmrError(f"{room} cannot be tracked: its files are not under {results} yet.")
-    return _warned(tell(params, {room: account}))[room]
+    return _warned(tell(params, {by_name[room]: account}))[room]
 
 
 def sync(params: Params, results: Path) -> dict[str, bool]:
     """As :func:`track`, for every room that is done, and every stage that trains or was killed."""
-    accounts = {
-        room: read(room, params, results) or read_live(room, params, results)
-        for room in rooms(params)
-    }
+    accounts = {room: look(room) for room in rooms(params, results)}
     found = {room: account for room, account in accounts.items() if account is not None}
     return _warned(tell(params, found))
 
 
-def tell(params: Params, accounts: dict[str, Account]) -> Told:
+def tell(params: Params, accounts: dict[Room, Account]) -> Told:
     """Tell the store of these rooms."""
     known = dict.fromkeys(accounts, False)
     uri = params.mlflow.tracking_uri
@@ -73,12 +73,12 @@ def tell(params: Params, accounts: dict[str, Account]) -> Told:
         with _limit(LIMIT_S + size / _BYTES_PER_S), FileLock(LOCK):
             chain = Chain(uri, params)
             for room, account in accounts.items():
-                chain.tell(room, account)
+                chain.tell(room.name, account)
                 known[room] = True
     except (Exception, _TooLate) as error:
         # Stores, their drivers and the network raise all sorts of errors, and none may fail a job
         # whose results are there. Our own files have been read by now.
-        missing = ", ".join(room for room, is_known in known.items() if not is_known)
+        missing = ", ".join(str(room) for room, is_known in known.items() if not is_known)
         kind = type(error).__name__.lstrip("_")
         text = f"{uri} could not be told of {missing}: {kind}: {error}"
         text = textwrap.shorten(re.sub(r"//[^/\s]*@", "//***@", text), 600)  # without passwords
@@ -89,7 +89,7 @@ def tell(params: Params, accounts: dict[str, Account]) -> Told:
 def _warned(told: Told) -> dict[str, bool]:
     if told.warning:
         print(told.warning, file=sys.stderr)
-    return told.known
+    return {str(room): is_known for room, is_known in told.known.items()}
 
 
 @contextlib.contextmanager
