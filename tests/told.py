@@ -132,18 +132,22 @@ class Store:
     def all(self):
         return self.client.search_runs([self.id])
 
-    def rooms(self):
+    def of(self, point):
+        """The runs of a point, or of the run itself."""
+        return [run for run in self.all() if run.data.tags.get("dgmr.point", "") == point]
+
+    def rooms(self, point=""):
         """The runs by room; each has one."""
-        found = [run for run in self.all() if "dgmr.room" in run.data.tags]
+        found = [run for run in self.of(point) if "dgmr.room" in run.data.tags]
         by_room = {run.data.tags["dgmr.room"]: run for run in found}
         assert len(by_room) == len(found), "a room has more than one run"
         return by_room
 
-    def finished(self):
+    def finished(self, point=""):
         """The chains' runs, and the rooms' by name; all are finished."""
-        found = self.all()
+        found = self.of(point)
         chains = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
-        by_room = self.rooms()
+        by_room = self.rooms(point)
         assert len(by_room) + len(chains) == len(found)
         assert {run.info.status for run in found} == {"FINISHED"}
         return chains, by_room

@@ -517,13 +517,14 @@ def track_room(
     room: Annotated[str, typer.Argument(help="teacher, data, ..., distill/<stage>, report.")],
     results: Results,
     config: Whole,
+    point: Annotated[str, typer.Option(help="Name of the point, if it is a sweep's.")] = "",
     output: Annotated[Path | None, typer.Option(help="Where to note what was told.")] = None,
 ) -> None:
-    """Tell the store of a room that is done."""
+    """Tell the store of a room that is done; of a point, with its own params and results."""
     from dgmr.files import write_json
     from dgmr.track.tell import track
 
-    told = {room: track(room, params.section(params.Params, config), results)}
+    told = {room: track(room, params.section(params.Params, config), results, point)}
     _print_told(told)
     if output is not None:
         write_json(output, told)

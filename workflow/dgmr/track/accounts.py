@@ -34,9 +34,12 @@ class Room(NamedTuple):
     name: str
     keys: Keys
     results: Path
+    """Of the run: those of a point lie in its own folder."""
+    point: str = ""
+    """Of the run's sweep; empty for the run itself."""
 
     def __str__(self) -> str:
-        return self.name
+        return f"sweep/{self.point}/{self.name}" if self.point else self.name
 
     @property
     def kind(self) -> str:
@@ -83,12 +86,13 @@ class Account:
     """The artefact to be logged as a model."""
 
 
-def rooms(params: Params, results: Path) -> list[Room]:
-    """The rooms, in the order of the chain."""
+def rooms(params: Params, results: Path, point: str = "") -> list[Room]:
+    """The rooms of a run, in the order of the chain; a point has none of those before the pruning."""
     stages = [f"distill/{name}" for name in params.distill.stages]
-    names = ["teacher", "data", "features", "prune", *stages, "evaluate", "report"]
+    names = ["teacher", "data", "features"] * (not point)
+    names += ["prune", *stages, "evaluate", "report"]
     keys = Keys(params)
-    return [Room(name, keys, results) for name in names]
+    return [Room(name, keys, results, point) for name in names]
 
 
 def look(room: Room) -> Account | None:

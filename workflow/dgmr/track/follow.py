@@ -43,7 +43,7 @@ def follow(params: Params, results: Path, wait_s: float = 600.0) -> None:
             and (account.status != "KILLED" or account == before.get(room))
         }
         if news:
-            outcome = tell(params, news)
+            outcome = tell(news)
             if outcome.warning and outcome.warning != warning:
                 print(outcome.warning, file=sys.stderr, flush=True)
             warning = outcome.warning
