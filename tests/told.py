@@ -95,7 +95,7 @@ def stamp(folder, room, config):
 
 def names(config):
     """Of all that MLflow is told of."""
-    return [str(found) for found in rooms(config, Path("results"))]
+    return [str(found) for found in rooms(Keys(config), Path("results"))]
 
 
 def room(name, config, results):

@@ -55,6 +55,7 @@ Orders = Annotated[Path, typer.Option(help="Folder of orders.")]
 Part = Annotated[int, typer.Option(help="Which share of the blocks, from 0.")]
 Results = Annotated[Path, typer.Option(help="The run's results, results/ or a point of a sweep.")]
 Whole = Annotated[str, typer.Option(help="All params as JSON, or a params file.")]
+Root = Annotated[Path, typer.Option(help="The run's results/, its sweep's points in it.")]
 _RUNNING = params.Running.model_fields
 
 
@@ -531,8 +532,8 @@ def track_room(
 
 
 @track_app.command("sync")
-def track_sync(results: Results, config: Whole) -> None:
-    """Tell the store of all rooms, whatever it missed, and of stages that were killed."""
+def track_sync(results: Root, config: Whole) -> None:
+    """Tell the store of all rooms that are done with these params, and of stages that were killed."""
     from dgmr.track.tell import sync
 
     _print_told(sync(params.section(params.Params, config), results))
@@ -545,7 +546,7 @@ def _print_told(told: dict[str, bool]) -> None:
 
 @track_app.command("follow")
 def track_follow(
-    results: Results,
+    results: Root,
     config: Whole,
     wait_s: Annotated[float, typer.Option(help="Seconds to wait for a stage to go on.")] = 600.0,
 ) -> None:

@@ -86,13 +86,21 @@ class Account:
     """The artefact to be logged as a model."""
 
 
-def rooms(params: Params, results: Path, point: str = "") -> list[Room]:
+def rooms(keys: Keys, results: Path, point: str = "") -> list[Room]:
     """The rooms of a run, in the order of the chain; a point has none of those before the pruning."""
-    stages = [f"distill/{name}" for name in params.distill.stages]
+    stages = [f"distill/{name}" for name in keys.params.distill.stages]
     names = ["teacher", "data", "features"] * (not point)
     names += ["prune", *stages, "evaluate", "report"]
-    keys = Keys(params)
     return [Room(name, keys, results, point) for name in names]
+
+
+def all_rooms(params: Params, results: Path) -> list[Room]:
+    """The rooms of the run, and of the points of its sweep."""
+    keys = Keys(params)
+    found = rooms(keys, results)
+    for point, its_keys in keys.points.items():
+        found += rooms(its_keys, results / "sweep" / point, point)
+    return found
 
 
 def look(room: Room) -> Account | None:

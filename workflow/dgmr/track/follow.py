@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dgmr.errors import DgmrError
 from dgmr.params import Params
-from dgmr.track.accounts import Account, Room, look, rooms
+from dgmr.track.accounts import Account, Room, all_rooms, look
 from dgmr.track.tell import tell
 
 _POLL_S = 5.0
@@ -15,6 +15,7 @@ _POLL_S = 5.0
 def follow(params: Params, results: Path, wait_s: float = 600.0) -> None:
     """Tell the store what the stages write, until all are done or none has trained for ``wait_s`` seconds.
 
+    Those of the run with these params, and of the points of its sweep, which lie under its ``results``.
     A stage whose process is gone is told as KILLED, as RUNNING when it goes on. Where the store cannot
     be reached, it is told later, once it can.
 
@@ -23,7 +24,7 @@ def follow(params: Params, results: Path, wait_s: float = 600.0) -> None:
     """
     if params.mlflow.tracking_uri is None:
         raise DgmrError("track follow: mlflow.tracking_uri is null; name a store to be told.")
-    stages = [room for room in rooms(params, results) if room.stage]
+    stages = [room for room in all_rooms(params, results) if room.stage]
     told: dict[Room, Account] = {}
     seen: dict[Room, Account | None] = {}
     warning = None

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from filelock import FileLock
 
 from dgmr.errors import DgmrError
+from dgmr.keys import Keys
 from dgmr.params import Params
-from dgmr.track.accounts import Account, Room, look, read, rooms
+from dgmr.track.accounts import Account, Room, all_rooms, look, read, rooms
 from dgmr.track.store import Chain
 
 LOCK = Path("work/track.lock")
@@ -43,7 +44,7 @@ def track(room: str, params: Params, results: Path, point: str = "") -> bool:
     Raises:
         DgmrError: there is no such room, or it is not done.
     """
-    by_name = {each.name: each for each in rooms(params, results, point)}
+    by_name = {each.name: each for each in rooms(Keys(params), results, point)}
     if (found := by_name.get(room)) is None:
         raise DgmrError(f"{room} is no room; choose one of {', '.join(by_name)}.")
     account = read(found)
@@ -53,8 +54,11 @@ def track(room: str, params: Params, results: Path, point: str = "") -> bool:
 
 
 def sync(params: Params, results: Path) -> dict[str, bool]:
-    """As :func:`track`, for every room that is done, and every stage that trains or was killed."""
-    accounts = {room: look(room) for room in rooms(params, results)}
+    """As :func:`track`, for every room that is done, and every stage that trains or was killed.
+
+    Of the run with these params, and of the points of its sweep, which lie under its ``results``.
+    """
+    accounts = {room: look(room) for room in all_rooms(params, results)}
     found = {room: account for room, account in accounts.items() if account is not None}
     return _warned(tell(found))
 
