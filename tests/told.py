@@ -9,7 +9,9 @@ from pathlib import Path
 import dgmr
 import tiny
 from dgmr import artefact, params
+from dgmr.keys import Keys
 from dgmr.prune import prune_model
+from dgmr.track.accounts import Room, rooms
 
 STORE = "sqlite:///mlflow.db"
 STEPS = [64 * (i + 1) for i in range(250)]
@@ -21,7 +23,7 @@ ENVIRONMENT = os.environ | {
 }
 
 
-def make_params(experiment, uri=STORE, stages=None, **teacher):
+def make_params(experiment, uri=STORE, stages=None, sweep=None, **teacher):
     stage = {"train": "mlp", "samples": 16000, "lr": 1e-3}
     stages = stages or {"mlp": stage, "all": stage | {"train": "all", "lr": 1e-4}}
     values = {
@@ -29,6 +31,7 @@ def make_params(experiment, uri=STORE, stages=None, **teacher):
         "data": {"n_samples": 100, "urls": "file"},
         "prune": {"ratio": 1.0},
         "distill": {"stages": stages},
+        "sweep": sweep or {},
         "mlflow": {"tracking_uri": uri, "experiment": experiment},
     }
     return params.validate(values)
@@ -47,8 +50,9 @@ def history(steps=STEPS, speed=100.0):
     ]
 
 
-def make_results(folder):
+def make_results(folder, config=None):
     """Results of a chain, without weights but the student's."""
+    config = config or make_params("any")
     blocks = {
         f"blocks.{i}.mlp": {"hidden_features": 768, "kept": 192, "gains": [0.3, 0.2]}
         | {"error_plain": 0.5 + i, "error_refit": 0.1 + i}
@@ -63,7 +67,7 @@ def make_results(folder):
     write(folder / "prune/provenance.json", {"widths": {"blocks.0.mlp": 192}, "sha256": "p1"})
     write(folder / "prune/blocks.json", blocks)
     for stage in ("mlp", "all"):
-        finish(folder, stage)
+        finish(folder, stage, config=config)
     for model in models:
         write(folder / f"evaluate/{model}.json", {"model": model, "sha256": "x", "top1": 81.5})
     write(folder / "evaluate/renamed.json", {"model": "renamed", "top1": 1.0})  # of other params
@@ -72,12 +76,35 @@ def make_results(folder):
     write(folder / "metrics.json", {"student.top1": 81.5, "speedup.images_per_s": 4.0})
     write(folder / "report.html", "<html>the report</html>")
     artefact.save(folder / "student", prune_model(tiny.vit(), 0.5), {"stage": "distill all"})
+    for room in ("teacher", "data", "features", "prune", "evaluate", "report"):
+        stamp(folder, room, config)
     return folder
 
 
-def finish(folder, stage, rows=None):
+def finish(folder, stage, rows=None, config=None):
     write(folder / "distill" / stage / "provenance.json", {"sha256": f"d-{stage}"})
     write(folder / "distill" / stage / "history.json", rows or history())
+    stamp(folder, f"distill/{stage}", config or make_params("any"))
+
+
+def stamp(folder, room, config):
+    """As Snakemake does when the room is done with these params."""
+    for name in Keys(config).stamps(room):
+        write(folder / name, "")
+
+
+def names(config):
+    """Of all that MLflow is told of."""
+    return [str(found) for found in rooms(Keys(config), Path("results"))]
+
+
+def room(name, config, results):
+    return Room(name, Keys(config), results)
+
+
+def runs_of(stage, config):
+    """Where its training checkpoints go."""
+    return Path("work/distill") / Keys(config).distill(stage)
 
 
 def run(*arguments, **options):
@@ -105,18 +132,22 @@ class Store:
     def all(self):
         return self.client.search_runs([self.id])
 
-    def rooms(self):
+    def of(self, point):
+        """The runs of a point, or of the run itself."""
+        return [run for run in self.all() if run.data.tags.get("dgmr.point", "") == point]
+
+    def rooms(self, point=""):
         """The runs by room; each has one."""
-        found = [run for run in self.all() if "dgmr.room" in run.data.tags]
+        found = [run for run in self.of(point) if "dgmr.room" in run.data.tags]
         by_room = {run.data.tags["dgmr.room"]: run for run in found}
         assert len(by_room) == len(found), "a room has more than one run"
         return by_room
 
-    def finished(self):
+    def finished(self, point=""):
         """The chains' runs, and the rooms' by name; all are finished."""
-        found = self.all()
+        found = self.of(point)
         chains = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
-        by_room = self.rooms()
+        by_room = self.rooms(point)
         assert len(by_room) + len(chains) == len(found)
         assert {run.info.status for run in found} == {"FINISHED"}
         return chains, by_room

@@ -8,7 +8,7 @@ import told
 from dgmr.keys import Keys
 from dgmr.track import accounts
 from dgmr.track.accounts import read
-from dgmr.track.tell import sync
+from dgmr.track.tell import track
 from told import make_params
 
 STAGE = {"train": "mlp", "samples": 16000, "lr": 1e-3}
@@ -29,7 +29,7 @@ def benchmark(monkeypatch, tmp_path):
 
 
 def system(room, config, results):
-    points = read(room, config, results).points
+    points = read(told.room(room, config, results)).points
     found = {p.metric: p.value for p in points if p.metric.startswith("system/")}
     assert len([p for p in points if p.metric.startswith("system/")]) == len(found)
     return {name.removeprefix("system/"): value for name, value in found.items()}
@@ -69,7 +69,7 @@ def test_stages_have_benchmarks_of_their_own(results, experiment, store, benchma
     assert system("distill/mlp", config, results)["s"] == 60.0
     found = system("distill/all", config, results)
     assert (found["s"], found["max_rss"]) == (100.0, 300.0)
-    sync(config, results)
+    track("distill/all", config, results)
     assert store().points(store().rooms()["distill/all"], "system/max_rss") == [(0, 300.0)]
 
 

@@ -5,7 +5,6 @@ import shutil
 import socket
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import told
@@ -17,6 +16,12 @@ from dgmr.track.tell import sync, track
 from told import STEPS, history, make_params, write
 
 ROOM = "distill/mlp"
+
+
+def with_stage(experiment, **changes):
+    """Params whose first stage has other values."""
+    stages = {k: s.model_dump() for k, s in make_params(experiment).distill.stages.items()}
+    return make_params(experiment, stages=stages | {"mlp": stages["mlp"] | changes})
 
 
 @pytest.fixture
@@ -33,14 +38,11 @@ def training(results, experiment):
     shutil.rmtree(results / "distill")
     shutil.rmtree(results / "evaluate")
     (results / "metrics.json").unlink()
-    config = make_params(experiment).distill.stages["mlp"].model_dump(mode="json")
     shutil.rmtree("work/distill", ignore_errors=True)
 
-    def write_live(rows, key="run", saved=0, age_s=0.0, **changes):
+    def write_live(rows, run="run", saved=0, age_s=0.0, config=None, **changes):
         about = {
             "stage": "mlp",
-            "config": config,
-            "parent_sha256": "p1",
             "output": str(results / ROOM),
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -48,7 +50,8 @@ def training(results, experiment):
             "step": rows[-1]["step"] if rows else 1,
             "rows": rows,
         }
-        file = Path("work/distill/0123456789ab") / key / "live.json"
+        place = told.runs_of("mlp", config or make_params(experiment))
+        file = place / run / "live.json"
         write(file, about | changes)
         if saved:
             (file.parent / f"step-{saved:08d}").mkdir(exist_ok=True)
@@ -134,22 +137,22 @@ def test_values_that_do_not_come_again_make_the_run_anew(results, experiment, st
 )
 def test_who_trains(results, experiment, training, nobody, changes, status):
     training(history()[:5], **{k: nobody if v is None else v for k, v in changes.items()})
-    account = accounts.read_live(ROOM, make_params(experiment), results)
+    account = accounts.read_live(told.room(ROOM, make_params(experiment), results))
     assert account.status == status
     assert account.tags["dgmr.host"] == changes.get("host", socket.gethostname())
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"output": "/elsewhere/distill/mlp"}, {"parent_sha256": "p2"}, {"config": {"lr": 1.0}}],
-    ids=["results", "parent", "config"],
+    [{"output": "/elsewhere/distill/mlp"}, {"config": with_stage("any", lr=1.0)}],
+    ids=["results", "params"],
 )
 def test_runs_of_others_are_not_ours(results, experiment, training, changes):
-    config = make_params(experiment)
-    training(history()[:9], key="other", age_s=-5.0, **changes)
-    assert accounts.read_live(ROOM, config, results) is None
+    room = told.room(ROOM, make_params(experiment), results)
+    training(history()[:9], run="other", age_s=-5.0, **changes)
+    assert accounts.read_live(room) is None
     training(history()[:5])
-    assert len(accounts.read_live(ROOM, config, results).points) == 4 * 5
+    assert len(accounts.read_live(room).points) == 4 * 5
 
 
 def test_what_was_finished_outlives_its_files(results, experiment, store, training, nobody):
@@ -180,7 +183,9 @@ def test_follow_ends_with_the_stages(results, experiment, store, training, fast,
     scenes = [
         lambda: training(rows[:10], saved=10),
         lambda: training(rows[:20], saved=10, pid=nobody),
+        lambda: None,  # it is killed if it still is at the next look
         lambda: training(rows[:15], saved=10),
+        lambda: training(rows, saved=10, pid=nobody),  # its stamp is about to come
         lambda: told.finish(results, "mlp"),
         lambda: track(ROOM, config, results),
         lambda: told.finish(results, "all"),
@@ -199,6 +204,27 @@ def test_follow_ends_with_the_stages(results, experiment, store, training, fast,
     assert out.splitlines() == [f"distill/{line}" for line in expected] and err == ""
     _, rooms = store().finished()
     assert rooms.keys() == {ROOM, "distill/all"}
+    assert_says(store(), rooms[ROOM], rows, len(rows))
+
+
+def test_follow_waits_for_stages_of_these_params(results, experiment, store, training, fast, capfd):
+    """The chain is done with another rate."""
+    for stage in ("mlp", "all"):
+        told.finish(results, stage)
+    config, rows = with_stage(experiment, lr=5e-4), history(speed=70.0)
+    scenes = [
+        lambda: training(rows[:10], config=config),
+        lambda: told.finish(results, "mlp", rows, config),
+        lambda: told.finish(results, "all", rows, config),
+    ]
+    scene = iter(scenes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(following.time, "sleep", lambda _: next(scene)())
+        follow(config, results)
+    assert next(scene, None) is None
+    expected = ["mlp: running", "mlp: finished", "all: finished"]
+    assert capfd.readouterr().out.splitlines() == [f"distill/{line}" for line in expected]
+    _, rooms = store().finished()
     assert_says(store(), rooms[ROOM], rows, len(rows))
 
 

@@ -58,7 +58,7 @@ def arguments(results, config):
     rooms = {name: results / name for name in ("teacher", "data", "features")}
     stage = config.distill.stages["mlp"].model_dump_json(exclude={"prune"})
     given = {"stage": "mlp", "parent": results / "prune", "config": stage, "workers": 0, **rooms}
-    given |= {"output": results / "distill/mlp", "runs": "work/distill/0123456789ab"}
+    given |= {"output": results / "distill/mlp", "runs": told.runs_of("mlp", config)}
     return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
@@ -68,17 +68,17 @@ def test_file_says_what_the_stage_has_so_far(place, experiment, monkeypatch):
     monkeypatch.setattr(living, "_EVERY_S", 0.0)
     monkeypatch.setattr(living, "_PART", 1e9)
     seen = []
+    room = told.room("distill/mlp", config, place.relative_to(os.getcwd()))
 
     def write(path, value):
         living_write(path, value)
-        seen.append(
-            (read_json(path), read_live("distill/mlp", config, place.relative_to(os.getcwd())))
-        )
+        seen.append((read_json(path), read_live(room)))
 
     living_write = living.write_json
     monkeypatch.setattr(living, "write_json", write)
     rooms = [place / name for name in ("prune", "teacher", "data", "features")]
-    train("mlp", *rooms, stage, place / "distill/mlp", running=Running(workers=0))
+    runs, running = told.runs_of("mlp", config), Running(workers=0)
+    train("mlp", *rooms, stage, place / "distill/mlp", runs, running)
     history = read_json(place / "distill/mlp/history.json")
     assert [live["step"] for live, _ in seen] == list(range(1, STEPS + 1))
     for live, account in seen:
@@ -88,7 +88,7 @@ def test_file_says_what_the_stage_has_so_far(place, experiment, monkeypatch):
         assert account.status == "RUNNING"
         # Nothing of the run's checkpoint is there until its end.
         assert {p.metric for p in account.points} >= {"loss", "pooled", "lr"}
-    done = read("distill/mlp", config, place)
+    done = read(told.room("distill/mlp", config, place))
     assert set(seen[-1][1].points) <= set(done.points)
     assert done.tags["dgmr.host"] == socket.gethostname()
 
@@ -166,6 +166,7 @@ def test_stage_is_followed_to_its_end(place, experiment, store, uri):
     follower = told.run("follow", *given, stdout=subprocess.PIPE, text=True)
     trainer = [sys.executable, "-m", "dgmr", "distill", "train", *arguments(place, config)]
     subprocess.run(trainer, env=told.ENVIRONMENT, check=True, capture_output=True)
+    told.stamp(place, "distill/mlp", config)
     out, _ = follower.communicate(timeout=120)
     assert follower.returncode == 0 and out.splitlines()[-1] == "distill/mlp: finished"
     _, rooms = store().finished()

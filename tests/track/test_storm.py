@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 import tellers
 import told
-from dgmr.track.accounts import flat, read, rooms
+from dgmr.track.accounts import flat, read
 from dgmr.track.store import _as_params
 from server import Server
 from told import history, make_params, write
 
 STAGES = ("distill/mlp", "distill/all")
-PARENTS = {"distill/mlp": "p1", "distill/all": "d-mlp"}
 
 
 class Chain:
@@ -31,7 +30,7 @@ class Chain:
         self.folder, self.whole, self.uri, self.experiment = folder, whole, uri, experiment
         self.results = folder / "results"
         self.config = make_params(experiment, uri)
-        self.rooms = rooms(self.config)
+        self.rooms = told.names(self.config)
         self.done, self.rows = [], {stage: history(speed=100.0) for stage in STAGES}
         self.killed = self.survived = self.in_the_midst = 0
         self.within_s, self.took = 6.0, []
@@ -57,8 +56,6 @@ class Chain:
         name = stage.partition("/")[2]
         about = {
             "stage": name,
-            "config": self.config.distill.stages[name].model_dump(mode="json"),
-            "parent_sha256": PARENTS[stage],
             "output": str((self.results / stage).resolve()),
             "host": socket.gethostname(),
             "pid": self.random.choice([os.getpid(), 2**22 + 1]),  # no process has that one
@@ -66,7 +63,7 @@ class Chain:
             "step": upto,
             "rows": rows[:upto],
         }
-        run = self.folder / "work/distill/0123456789ab" / name
+        run = self.folder / told.runs_of(name, self.config) / "run"
         shutil.rmtree(run, ignore_errors=True)
         write(run / "live.partial", about)
         (run / "live.partial").rename(run / "live.json")
@@ -160,7 +157,7 @@ class Chain:
         assert chain.data.params == params
         assert set(store.artifacts(chain)) == {"params.yaml"}
         for room, run in found.items():
-            account = read(room, self.config, self.results)
+            account = read(told.room(room, self.config, self.results))
             told_points = [
                 (point.key, point.value, point.step)
                 for metric in run.data.metrics
@@ -215,6 +212,25 @@ def test_eight_at_once_on_a_fresh_store(fresh, monkeypatch):
     assert [process.exitcode for process in running] == [0] * 8
     assert "Warning" not in (chain.folder / "tellers.out").read_text()
     chain.check(monkeypatch)
+
+
+def test_two_folders_at_once_make_one_store(tmp_path, whole, experiment):
+    """Each has a lock of its own, and sees no store when it begins."""
+    uri = f"sqlite:///{tmp_path}/shared/mlflow.db"
+    chains = [Chain(tmp_path / name, whole, uri, f"{experiment}-{name}", 0) for name in "ab"]
+    running = []
+    for chain in chains:
+        chain._finish("teacher")
+        given = ["--results", chain.results, "--config", chain.config.model_dump_json()]
+        running.append(tellers.start(chain.folder, "room", "teacher", *given))
+    for process in running:
+        process.join(300)
+    assert [process.exitcode for process in running] == [0, 0]
+    for chain in chains:
+        assert "Warning" not in (chain.folder / "tellers.out").read_text()
+        _, found = told.Store(chain.experiment, uri).finished()
+        assert list(found) == ["teacher"]
+    assert [path.name for path in (tmp_path / "shared").glob("mlflow.db*")] == ["mlflow.db"]
 
 
 def test_gusts(fresh, monkeypatch):

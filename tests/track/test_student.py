@@ -94,6 +94,7 @@ def test_student_is_logged_once_and_anew_when_it_differs(results, experiment, st
         sync(config, results)
     (before,) = store().models()
     replace(results / "student", prune_model(tiny.vit(seed=1), 0.5))
+    told.stamp(results, "report", config)
     sync(config, results)
     (after,) = store().models()
     assert before.model_id != after.model_id

@@ -10,20 +10,19 @@ import told
 from dgmr import params
 from dgmr.errors import DgmrError
 from dgmr.track import tell
-from dgmr.track.accounts import rooms
 from dgmr.track.tell import sync, track
 from filelock import FileLock
 from server import Late
-from told import BLOCKS, STEPS, make_params, write
+from told import BLOCKS, STEPS, make_params, names, write
 
 
 def test_store_says_what_the_files_say(results, experiment, store, workspace, tmp_path, capfd):
     config = make_params(experiment)
-    assert sync(config, results) == dict.fromkeys(rooms(config), True)
+    assert sync(config, results) == dict.fromkeys(names(config), True)
     assert capfd.readouterr() == ("", "")  # first use of the store, too, is quiet
 
     [chain], children = store().finished()
-    assert set(children) == set(rooms(config))
+    assert set(children) == set(names(config))
     assert {run.info.run_name for run in children.values()} == set(children)
     assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {chain.info.run_id}
 
@@ -69,7 +68,7 @@ def test_telling_again_changes_nothing(results, experiment, store):
     config = make_params(experiment)
     sync(config, results)
     chains, children = store().finished()
-    assert all(track(room, config, results) for room in rooms(config))
+    assert all(track(room, config, results) for room in names(config))
     chains_again, children_again = store().finished()
     assert [run.to_dictionary() for run in chains_again] == [run.to_dictionary() for run in chains]
     assert {name: run.info.run_id for name, run in children_again.items()} == {
@@ -161,7 +160,7 @@ def test_two_jobs_at_once_leave_one_run(results, experiment, store):
 def test_store_out_of_reach_is_one_warning(results, experiment, store, uri, capfd):
     started = time.monotonic()
     config = make_params(experiment, uri)
-    assert sync(config, results) == dict.fromkeys(rooms(config), False)
+    assert sync(config, results) == dict.fromkeys(names(config), False)
     assert time.monotonic() - started < 30
     out, err = capfd.readouterr()
     assert out == "" and err.startswith("Warning: MLflow store") and err.count("\n") == 1
@@ -197,7 +196,7 @@ def test_only_done_rooms_are_told(results, experiment, store):
     config = make_params(experiment)
     (results / "distill/all/history.json").unlink()
     (results / "evaluate/speed.json").unlink()
-    assert set(sync(config, results)) == {*rooms(config)} - {"distill/all", "evaluate"}
+    assert set(sync(config, results)) == {*names(config)} - {"distill/all", "evaluate"}
     with pytest.raises(DgmrError, match="distill/all"):
         track("distill/all", config, results)
     with pytest.raises(DgmrError, match="distill/mlp"):  # what there is
@@ -205,6 +204,17 @@ def test_only_done_rooms_are_told(results, experiment, store):
     write(results / "data/metrics.json", "{")
     with pytest.raises(json.JSONDecodeError):  # no fault of the store's
         track("data", config, results)
+
+
+def test_rooms_of_other_params_are_not_told(results, experiment, store):
+    """A finished chain, then another rate for its second stage: what is behind it is not done."""
+    config = make_params(experiment)
+    stages = {name: stage.model_dump() for name, stage in config.distill.stages.items()}
+    edited = make_params(experiment, stages=stages | {"all": stages["all"] | {"lr": 5e-4}})
+    assert set(sync(config, results)) == {*names(config)}
+    assert set(sync(edited, results)) == {*names(config)} - {"distill/all", "evaluate", "report"}
+    assert set(sync(config, results)) == {*names(config)}  # a knob turned back
+    assert track("evaluate", edited, results)  # by hand, without Snakemake, who knows
 
 
 def test_late_store_is_one_warning_in_time_and_caught_up(

@@ -1,12 +1,15 @@
 """The plan's jobs are those that Snakemake plans."""
 
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 from dgmr.keys import Keys
 from dgmr.params import read
 from dgmr.plan import jobs
+from dgmr.track.accounts import all_rooms
 
 
 def jobs_by_rule(path):
@@ -73,6 +76,14 @@ def test_runs_with_the_same_stage_train_it_one_after_the_other(new_place, monkey
     # The first stage is that of the run itself and of all points; the seed 1 is the run's own.
     assert [stages(name, "mlp") for name in points] == [2, 3]
     assert [stages(name, "all") for name in points] == [4, 4]
+
+
+def test_mlflow_is_told_of_the_rooms_that_sync_tells(new_place):
+    place = new_place(sweep={"prune.ratio": [1.0, 0.5]})
+    shell = place.run("--dry-run", "--printshellcmds").output
+    found = re.findall(r"track room (\S+) --results (\S+) .*?(?: --point (\S+))? --output", shell)
+    rooms = all_rooms(read(place / "params.yaml"), Path("results"))
+    assert sorted(found) == sorted((room.name, str(room.results), room.point) for room in rooms)
 
 
 @pytest.mark.parametrize("preset", ["vit_b"])

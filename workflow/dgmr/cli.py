@@ -55,6 +55,7 @@ Orders = Annotated[Path, typer.Option(help="Folder of orders.")]
 Part = Annotated[int, typer.Option(help="Which share of the blocks, from 0.")]
 Results = Annotated[Path, typer.Option(help="The run's results, results/ or a point of a sweep.")]
 Whole = Annotated[str, typer.Option(help="All params as JSON, or a params file.")]
+Root = Annotated[Path, typer.Option(help="The run's results/, its sweep's points in it.")]
 _RUNNING = params.Running.model_fields
 
 
@@ -517,21 +518,22 @@ def track_room(
     room: Annotated[str, typer.Argument(help="teacher, data, ..., distill/<stage>, report.")],
     results: Results,
     config: Whole,
+    point: Annotated[str, typer.Option(help="Name of the point, if it is a sweep's.")] = "",
     output: Annotated[Path | None, typer.Option(help="Where to note what was told.")] = None,
 ) -> None:
-    """Tell the store of a room that is done."""
+    """Tell the store of a room that is done; of a point, with its own params and results."""
     from dgmr.files import write_json
     from dgmr.track.tell import track
 
-    told = {room: track(room, params.section(params.Params, config), results)}
+    told = {room: track(room, params.section(params.Params, config), results, point)}
     _print_told(told)
     if output is not None:
         write_json(output, told)
 
 
 @track_app.command("sync")
-def track_sync(results: Results, config: Whole) -> None:
-    """Tell the store of all rooms, whatever it missed, and of stages that were killed."""
+def track_sync(results: Root, config: Whole) -> None:
+    """Tell the store of all rooms that are done with these params, and of stages that were killed."""
     from dgmr.track.tell import sync
 
     _print_told(sync(params.section(params.Params, config), results))
@@ -544,7 +546,7 @@ def _print_told(told: dict[str, bool]) -> None:
 
 @track_app.command("follow")
 def track_follow(
-    results: Results,
+    results: Root,
     config: Whole,
     wait_s: Annotated[float, typer.Option(help="Seconds to wait for a stage to go on.")] = 600.0,
 ) -> None:

@@ -253,13 +253,14 @@ class Keys:
         return found
 
     def stamps(self, room: str) -> list[str]:
-        """What is in ``results`` where all of a room of DVC's is this run's."""
+        """What is in the run's results where all of a room, of DVC's or MLflow's, is this run's."""
         if room == "distill":
             return [f"distill/{stage}/{self.distill(stage)}.stamp" for stage in self.models[2:]]
         if room == "sweep":
             points = self.points.items()
             return [f"sweep/{name}/student/{keys.report}.stamp" for name, keys in points]
-        return [f"{room}/{self.room(room)}.stamp"]
+        folder = "student" if room == "report" else room
+        return [f"{folder}/{self.room(room)}.stamp"]
 
     def tracked(self, room: str) -> str:
         """``results/track/<room>/<key>.json``: that MLflow was told of a room of this run."""

@@ -41,12 +41,13 @@ rule track:
     params:
         folder=folder_of("output"),
         config=lambda wildcards: KEYS[wildcards.results].params.model_dump_json(),
+        point=lambda wildcards: option("--point", wildcards.results.partition("/sweep/")[2]),
     message:
         "Telling MLflow about {wildcards.results}, {wildcards.room}"
     shell:
         "rm -f {params.folder}/*.json;"
         " nice -n 19 python -m dgmr track room {wildcards.room} --results {wildcards.results}"
-        " --config {params.config:q} --output {output} 2>&1 | tee {log}"
+        " --config {params.config:q} {params.point} --output {output} 2>&1 | tee {log}"
 
 
 # The chain asks for the points themselves; this is DVC's, which versions the folder as a whole.

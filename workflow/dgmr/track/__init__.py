@@ -8,6 +8,7 @@
         data                       ... a run for each room
         distill/<stage>            RUNNING while it trains (`dgmr track follow`), KILLED where it died
         report                     with the student as a model that mlflow.pyfunc loads
+      chain <key> <point>          of every point of a sweep, from prune on
 
 ``accounts`` reads the files, ``store`` makes the store say the same, ``tell`` has the store's failures
 end in a warning, ``follow`` does so while a stage trains. Whoever tells compares first, under a lock,

@@ -21,11 +21,40 @@ from dgmr.keys import Keys
 from dgmr.params import Params
 
 BENCHMARKS = Path("work/benchmark")
-LIVE = "work/distill/**/live.json"
+RUNS = Path("work/distill")
 DVC_LOCK = Path("dvc.lock")
 STALE_S = 600.0
 """Seconds after which a stage that says nothing is taken for dead; it writes every few seconds."""
 _MODEL_ROOMS = ("teacher", "prune", "distill")
+
+
+class Room(NamedTuple):
+    """A room of a run, by the name that MLflow knows it by: ``prune``, or ``distill/<stage>``."""
+
+    name: str
+    keys: Keys
+    results: Path
+    """Of the run: those of a point lie in its own folder."""
+    point: str = ""
+    """Of the run's sweep; empty for the run itself."""
+
+    def __str__(self) -> str:
+        return f"sweep/{self.point}/{self.name}" if self.point else self.name
+
+    @property
+    def kind(self) -> str:
+        """The name, without the stage."""
+        return self.name.partition("/")[0]
+
+    @property
+    def stage(self) -> str:
+        """Empty but for a stage's room."""
+        return self.name.partition("/")[2]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether what is there is what these params give, not others."""
+        return all((self.results / stamp).is_file() for stamp in self.keys.stamps(self.name))
 
 
 class Point(NamedTuple):
@@ -57,22 +86,38 @@ class Account:
     """The artefact to be logged as a model."""
 
 
-def rooms(params: Params) -> list[str]:
-    """Names of the rooms, in the order of the chain."""
-    stages = [f"distill/{name}" for name in params.distill.stages]
-    return ["teacher", "data", "features", "prune", *stages, "evaluate", "report"]
+def rooms(keys: Keys, results: Path, point: str = "") -> list[Room]:
+    """The rooms of a run, in the order of the chain; a point has none of those before the pruning."""
+    stages = [f"distill/{name}" for name in keys.params.distill.stages]
+    names = ["teacher", "data", "features"] * (not point)
+    names += ["prune", *stages, "evaluate", "report"]
+    return [Room(name, keys, results, point) for name in names]
 
 
-def read(room: str, params: Params, results: Path) -> Account | None:
-    """What the files of a room say that is done; None while any is missing."""
-    kind, _, stage = room.partition("/")
+def all_rooms(params: Params, results: Path) -> list[Room]:
+    """The rooms of the run, and of the points of its sweep."""
+    keys = Keys(params)
+    found = rooms(keys, results)
+    for point, its_keys in keys.points.items():
+        found += rooms(its_keys, results / "sweep" / point, point)
+    return found
+
+
+def look(room: Room) -> Account | None:
+    """What the files of a room say: one that is done, or a stage that trains or was killed."""
+    return (read(room) if room.is_done else None) or read_live(room)
+
+
+def read(room: Room) -> Account | None:
+    """What the files of a room say that is done, with whatever params; None while any is missing."""
+    kind, results = room.kind, room.results
     names = {
         "teacher": ["teacher/provenance.json"],
         "data": ["data/metrics.json"],
         "features": ["features/metrics.json"],
         "prune": ["prune/provenance.json", "prune/blocks.json"],
-        "distill": [f"{room}/provenance.json", f"{room}/history.json"],
-        "evaluate": [f"evaluate/{name}.json" for name in [*Keys(params).models, "speed"]],
+        "distill": [f"{room.name}/provenance.json", f"{room.name}/history.json"],
+        "evaluate": [f"evaluate/{name}.json" for name in [*room.keys.models, "speed"]],
         "report": ["metrics.json", "report.html", "student/provenance.json"],
     }
     paths = [results / name for name in names[kind]]
@@ -86,17 +131,17 @@ def read(room: str, params: Params, results: Path) -> Account | None:
         for name, value in said.get(stem, {}).items()
         if not isinstance(value, dict)
     }
-    system = _system(kind, stage, params, results)
+    system = _system(room)
     points = _points(kind, said)
     trained = max((point.after_ms for point in points), default=0) / 1000
     jobs = next((point.value for point in system if point.metric == "system/s"), 0.0)
-    found = _live_file(room, params, results)
+    found = _live_file(room)
     return Account(
         "FINISHED",
         said["provenance"]["sha256"] if kind in _MODEL_ROOMS else key(*map(sha256, paths)),
         max(_modified_ms(path) for path in paths),
         trained or jobs,
-        _section(kind, stage, params) | about,
+        _section(room) | about,
         points + system,
         _dvc_tags(kind, results) | (_live_tags(found[1], found[1]["steps"]) if found else {}),
         [path for path in paths if path.suffix == ".html"],
@@ -104,27 +149,26 @@ def read(room: str, params: Params, results: Path) -> Account | None:
     )
 
 
-def read_live(room: str, params: Params, results: Path) -> Account | None:
+def read_live(room: Room) -> Account | None:
     """What a stage wrote that trains, or was killed as it did; None of other rooms.
 
     A row may be told as soon as it is there, for a run that was killed comes to the same losses again;
     how fast it was is told once it is in a checkpoint, for that is measured anew.
     """
-    if (found := _live_file(room, params, results)) is None:
+    if (found := _live_file(room)) is None:
         return None
     path, live = found
-    kind, _, stage = room.partition("/")
     saved = max(
         (int(folder.name[-8:]) for folder in path.parent.glob("step-" + "?" * 8)), default=0
     )
     steps_at = {row["samples"]: row["step"] for row in live["rows"]}
-    points = _points(kind, {"history": live["rows"]})
+    points = _points(room.kind, {"history": live["rows"]})
     return Account(
         "RUNNING" if _is_alive(path, live) else "KILLED",
         None,
         _modified_ms(path),
         max((point.after_ms for point in points), default=0) / 1000,
-        _section(kind, stage, params),
+        _section(room),
         [p for p in points if p.metric != "images_per_s" or steps_at[p.step] <= saved],
         _live_tags(live, live["step"]),
     )
@@ -135,9 +179,10 @@ def _live_tags(live: dict[str, Any], step: int) -> dict[str, str]:
     return {"dgmr.host": live["host"], "mlflow.note.content": note}
 
 
-def _section(kind: str, stage: str, params: Params) -> dict[str, Any]:
+def _section(room: Room) -> dict[str, Any]:
     """The room's part of the params, flat."""
-    section = params.distill.stages[stage] if stage else getattr(params, kind, None)
+    params = room.keys.params
+    section = params.distill.stages[room.stage] if room.stage else getattr(params, room.kind, None)
     return flat(section.model_dump(mode="json") if section else {})
 
 
@@ -192,11 +237,11 @@ def _numbers(values: dict[str, Any], step: int = 0, after_ms: int = 0) -> list[P
     ]
 
 
-def _benchmarks(kind: str, stage: str, params: Params, results: Path) -> Iterator[Path]:
+def _benchmarks(room: Room) -> Iterator[Path]:
     """What Snakemake measured of the room's jobs: ``work/benchmark/<rule>/<key>/<wildcards>.tsv``."""
-    keys = Keys(params)
+    keys, stage, results = room.keys, room.stage, room.results
     places: list[str] = []
-    match kind:
+    match room.kind:
         case "features":
             places = [f"targets/{keys.targets}", f"calibration/{keys.calibration}"]
         case "prune":
@@ -204,7 +249,7 @@ def _benchmarks(kind: str, stage: str, params: Params, results: Path) -> Iterato
             places += [f"refit_blocks/{keys.refits}"]
         case "distill":
             places = [f"distill_stage/{keys.distill(stage)}/{results}"]
-            if params.distill.stages[stage].prune is not None:
+            if keys.params.distill.stages[stage].prune is not None:
                 places += [f"prune_again/{keys.prune_again(stage)}/{results}"]
         case "evaluate":
             places = [f"evaluate_model/{keys.evaluation(model)}" for model in keys.models]
@@ -212,14 +257,14 @@ def _benchmarks(kind: str, stage: str, params: Params, results: Path) -> Iterato
         yield from sorted((BENCHMARKS / place).rglob("*.tsv"))
 
 
-def _system(kind: str, stage: str, params: Params, results: Path) -> list[Point]:
+def _system(room: Room) -> list[Point]:
     """``system/<column>`` of what Snakemake measured of the room's jobs, in its columns' units.
 
     Seconds (``s``, ``cpu_time``) and megabytes read and written are sums over the jobs, memory is the
     largest job's, ``mean_load`` the mean over the jobs' seconds.
     """
     jobs: list[dict[str, float]] = []
-    for path in _benchmarks(kind, stage, params, results):
+    for path in _benchmarks(room):
         with path.open(newline="") as file:
             jobs += [_measured(row) for row in csv.DictReader(file, delimiter="\t")]
     found: dict[str, float] = {}
@@ -244,35 +289,17 @@ def _measured(row: dict[str, str]) -> dict[str, float]:
     return found
 
 
-def _live_file(room: str, params: Params, results: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest of this stage, as these params have it, from its parent that lies in ``results``."""
-    kind, _, stage = room.partition("/")
-    if kind != "distill":
+def _live_file(room: Room) -> tuple[Path, dict[str, Any]] | None:
+    """The newest of this stage, of these params, that trains what will lie in these results."""
+    if not room.stage:
         return None
-    config = params.distill.stages[stage].model_dump(mode="json", exclude={"prune"})
-    parent = _parent(stage, params, results)
-    if not (parent / "provenance.json").is_file():
-        return None
-    wanted = {
-        "output": str((results / room).resolve()),
-        "parent_sha256": read_json(parent / "provenance.json")["sha256"],
-    }
+    output = str((room.results / room.name).resolve())
     found = []
-    for path in Path().glob(LIVE):
+    for path in (RUNS / room.keys.distill(room.stage)).glob("*/live.json"):
         live = read_json(path)
-        is_config = {name: v for name, v in live["config"].items() if name != "prune"} == config
-        if is_config and all(live[name] == value for name, value in wanted.items()):
+        if live["output"] == output:  # runs whose stage is the same share its folder
             found.append((_modified_ms(path), path, live))
     return max(found, key=lambda file: file[0])[1:] if found else None
-
-
-def _parent(stage: str, params: Params, results: Path) -> Path:
-    """The artefact that the stage starts from."""
-    if params.distill.stages[stage].prune is not None:
-        return results / "distill" / "pruned" / stage
-    before = list(params.distill.stages)
-    index = before.index(stage)
-    return results / "distill" / before[index - 1] if index else results / "prune"
 
 
 def _is_alive(path: Path, live: dict[str, Any]) -> bool:

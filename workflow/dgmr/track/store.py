@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import yaml
 
 import dgmr
-from dgmr.files import replaced
+from dgmr.files import alone, replaced
 from dgmr.fingerprint import key, versions
 from dgmr.params import Params
 from dgmr.track.accounts import Account, Point, flat
@@ -28,8 +28,9 @@ from dgmr.track.accounts import Account, Point, flat
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-PARAMS_KEY, ROOM, ARTEFACT, PARENT = (
+PARAMS_KEY, POINT, ROOM, ARTEFACT, PARENT = (
     "dgmr.params_key",
+    "dgmr.point",
     "dgmr.room",
     "dgmr.artefact",
     "mlflow.parentRunId",
@@ -48,19 +49,25 @@ _ENVIRONMENT = {
 
 
 class Chain:
-    """The run that stands for the whole chain with these params; it is made where there is none."""
+    """The run that stands for the whole chain with these params; it is made where there is none.
 
-    def __init__(self, uri: str, params: Params) -> None:
+    A point of a sweep may have the params of the run itself, and is another chain, for its page differs:
+    it has its name as the tag ``dgmr.point``, the run itself has none.
+    """
+
+    def __init__(self, uri: str, params: Params, point: str = "") -> None:
         self.client, artifacts = connect(uri)
         self.about = _about()
         self.experiment = self._experiment(params.mlflow.experiment, artifacts)
         # Without where to log: it changes no result, and a URI may hold a password.
         resolved = params.shaping()
-        self.tags = {PARAMS_KEY: key(resolved)}
+        self.tags = {PARAMS_KEY: key(resolved)} | ({POINT: point} if point else {})
         runs = self._runs()
         chains = [run for run in runs if ROOM not in run.data.tags]
         run = next(iter(chains), None) or self.client.create_run(
-            self.experiment, tags=self.tags | self.about, run_name=f"chain {key(resolved)}"
+            self.experiment,
+            tags=self.tags | self.about,
+            run_name=f"chain {key(resolved)} {point}".rstrip(),
         )
         self.run: Any = run
         self.id: str = run.info.run_id
@@ -171,7 +178,8 @@ class Chain:
         """The chain's runs, oldest first; without deleted ones."""
         wanted = f"tags.`{PARAMS_KEY}` = '{self.tags[PARAMS_KEY]}'"
         order = ["attributes.start_time ASC"]
-        return self.client.search_runs([self.experiment], wanted, order_by=order)
+        found = self.client.search_runs([self.experiment], wanted, order_by=order)
+        return [run for run in found if run.data.tags.get(POINT) == self.tags.get(POINT)]
 
     def _experiment(self, name: str, artifacts: str | None) -> str:
         from mlflow.exceptions import MlflowException
@@ -210,13 +218,18 @@ def connect(uri: str) -> tuple["MlflowClient", str | None]:
 
 
 def make(database: Path, artifacts: str) -> None:
-    """A new store, complete or absent: one whose tables were half made would never open again."""
+    """A store where there is none, complete or absent: one half made would never open again."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    with replaced(database) as partial:
-        for leftover in partial.parent.glob(f"{partial.name}*"):  # of a killed one, its journal too
-            leftover.unlink()
-        SqlAlchemyStore(f"sqlite:///{partial}", artifacts).engine.dispose()
+    # Not the lock of the database: `replaced` takes that one itself, and would end ours with it.
+    with alone(database.with_name(f"{database.name}.making")):
+        if database.exists():  # made as we waited, from another working folder
+            return
+        with replaced(database) as partial:
+            # What a killed one has left, its journal too.
+            for leftover in partial.parent.glob(f"{partial.name}*"):
+                leftover.unlink()
+            SqlAlchemyStore(f"sqlite:///{partial}", artifacts).engine.dispose()
 
 
 def _as_params(values: dict[str, Any]) -> list[Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dgmr.files import read_json
 from dgmr.fingerprint import versions
+from dgmr.track.store import POINT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -17,7 +18,9 @@ _SHA256 = "dgmr.sha256"
 
 
 def log(client: "MlflowClient", run: Any, folder: Path, tags: dict[str, str]) -> None:
-    """Leave the ``run`` with the artefact ``folder`` as its one model; others with ``tags`` are deleted.
+    """Leave the ``run`` with the artefact ``folder`` as its one model; others of its chain are deleted.
+
+    The chain's are those that have its ``tags``, and are no point's where it is none.
 
     Callers hold the lock, so whatever is not READY was left by one that was killed.
     """
@@ -25,6 +28,8 @@ def log(client: "MlflowClient", run: Any, folder: Path, tags: dict[str, str]) ->
     sha256 = read_json(folder / "provenance.json")["sha256"]
     is_there = False
     for model in client.search_logged_models([run.info.experiment_id], wanted):
+        if model.tags.get(POINT) != tags.get(POINT):
+            continue
         if not is_there and _is_whole(model) and _origin(model) == (run.info.run_id, sha256):
             is_there = True
         else:
