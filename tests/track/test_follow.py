@@ -42,7 +42,6 @@ def training(results, experiment):
 
     def write_live(rows, run="run", saved=0, age_s=0.0, config=None, **changes):
         about = {
-            "stage": "mlp",
             "output": str(results / ROOM),
             "host": socket.gethostname(),
             "pid": os.getpid(),

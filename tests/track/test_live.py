@@ -16,7 +16,7 @@ from dgmr.distill.history import History
 from dgmr.distill.live import Live
 from dgmr.distill.trainer import train
 from dgmr.files import read_json
-from dgmr.params import Running, Stage
+from dgmr.params import Running
 from dgmr.prune import prune_model
 from dgmr.track.accounts import read, read_live
 from server import Late
@@ -84,7 +84,7 @@ def test_file_says_what_the_stage_has_so_far(place, experiment, monkeypatch):
     for live, account in seen:
         assert live["rows"] == [row for row in history if row["step"] <= live["step"]]
         assert (live["host"], live["pid"]) == (socket.gethostname(), os.getpid())
-        assert (live["stage"], live["steps"]) == ("mlp", STEPS)
+        assert live["steps"] == STEPS
         assert account.status == "RUNNING"
         # Nothing of the run's checkpoint is there until its end.
         assert {p.metric for p in account.points} >= {"loss", "pooled", "lr"}
@@ -94,8 +94,7 @@ def test_file_says_what_the_stage_has_so_far(place, experiment, monkeypatch):
 
 
 def make_live(tmp_path):
-    stage = Stage.model_validate({"train": "all", "samples": 64, "lr": 1e-3})
-    return Live(tmp_path, "mlp", stage, 10, "p1", tmp_path / "out")
+    return Live(tmp_path, 10, tmp_path / "out")
 
 
 def test_slow_disk_takes_a_small_part_of_the_time(tmp_path, monkeypatch):

@@ -55,7 +55,6 @@ class Chain:
         upto = min(len(rows), saved + self.random.randrange(30))
         name = stage.partition("/")[2]
         about = {
-            "stage": name,
             "output": str((self.results / stage).resolve()),
             "host": socket.gethostname(),
             "pid": self.random.choice([os.getpid(), 2**22 + 1]),  # no process has that one

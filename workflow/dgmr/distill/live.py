@@ -12,7 +12,6 @@ from pathlib import Path
 from dgmr.distill.history import History
 from dgmr.errors import DgmrError
 from dgmr.files import write_json
-from dgmr.params import Stage
 
 LIVE = "live.json"
 _EVERY_S = 10.0
@@ -21,16 +20,11 @@ _PART = 0.005
 
 
 class Live:
-    """Stage, config and parent, output folder, host and process, step, steps and the rows so far."""
+    """Output folder, host and process, step, steps and the rows so far."""
 
-    def __init__(
-        self, run: Path, name: str, config: Stage, steps: int, parent_sha256: str, output: Path
-    ) -> None:
+    def __init__(self, run: Path, steps: int, output: Path) -> None:
         self._file = run / LIVE
         self._about = {
-            "stage": name,
-            "config": config.model_dump(mode="json"),
-            "parent_sha256": parent_sha256,
             "output": str(output.resolve()),
             "host": socket.gethostname(),
             "pid": os.getpid(),

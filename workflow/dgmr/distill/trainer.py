@@ -89,7 +89,7 @@ def train(
                 log.info("distill %s: going on after step %d of %d", name, first, steps)
 
         parent_sha256 = artefact.provenance(parent)["sha256"]
-        live = Live(run, name, config, steps, parent_sha256, output)
+        live = Live(run, steps, output)
         order = PairOrder(len(pairs.images), asked.views.count, config.seed)
         loader = DataLoader(
             pairs,
