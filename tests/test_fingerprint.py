@@ -149,10 +149,10 @@ def test_trees_are_the_same_to_every_python_and_differ_with_every_value(tmp_path
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.py").write_text(text)
         trees.append(fingerprint._tree(tmp_path / f"{number}.py"))
-    assert len({fingerprint.key(tree) for tree in trees}) == len(texts)
+    assert len(set(trees)) == len(texts)
     # No field that is empty here, for newer Pythons have more of them.
     (tmp_path / "old.py").write_text("def f(a=1):\n    'A docstring.'\n    return f'{a!r}'")
-    assert fingerprint.key(fingerprint._tree(tmp_path / "old.py")) == "0e9b8f34bd02"
+    assert fingerprint._tree(tmp_path / "old.py") == "0e9b8f34bd02"
 
 
 def test_code_changes_with_a_text_that_is_used(package):

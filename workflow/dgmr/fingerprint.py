@@ -160,13 +160,13 @@ def _source(name: str) -> Path:
 
 
 @functools.cache
-def _tree(path: Path) -> Any:
-    """The syntax tree without docstrings, as JSON."""
-    return _plain(ast.parse(path.read_text()))
+def _tree(path: Path) -> str:
+    """Hash of the syntax tree without docstrings."""
+    return key(_plain(ast.parse(path.read_text())))
 
 
 def _plain(node: Any) -> Any:
-    """Not ``ast.dump``: a new Python's nodes have new fields, which are empty for older code."""
+    """As JSON, but not ``ast.dump``: a new Python's nodes have new fields, which are empty for older code."""
     match node:
         case list():
             return [_plain(each) for each in node if not _is_docstring(each)]
