@@ -12,7 +12,7 @@ HOLD = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from dgmr import machine
-machine.take_over_from_the_dead()
+machine.take_over_from_the_dead(is_local=sys.argv[2] == "local")
 print("alive", flush=True)
 sys.stdin.read()
 """
@@ -27,10 +27,10 @@ def place(tmp_path, monkeypatch):
     return lock
 
 
-def another_run():
+def another_run(where="local"):
     package = str(Path(machine.__file__).parents[1])
     run = subprocess.Popen(
-        [sys.executable, "-c", HOLD, package],
+        [sys.executable, "-c", HOLD, package, where],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -48,21 +48,24 @@ def test_lock_of_a_killed_run_is_removed(place, caplog):
     assert not place.exists() and "was killed" in caplog.text
 
 
-def test_jobs_of_a_killed_run_are_cancelled(place, caplog, monkeypatch, tmp_path):
+@pytest.mark.parametrize("where", ["local", "cluster"])
+def test_jobs_that_a_killed_run_left_in_slurm(place, caplog, monkeypatch, tmp_path, where):
     here = Path.cwd()
     jobs = [f"7|rule_targets|{here}", f"8|rule_targets|{here}/b", f"9||{here}", f"10|rule_x|{here}"]
     for name, text in (("squeue", "\n".join(jobs)), ("scancel", "")):
         (tmp_path / name).write_text(f"#!/bin/sh\necho $@ > {name}.txt\ncat <<.\n{text}\n.\n")
         (tmp_path / name).chmod(0o700)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    run = another_run()
+    run = another_run(where)
     assert not (tmp_path / "squeue.txt").exists()  # nobody was killed
     place.write_text("results/x\n")
     run.kill()
     run.communicate()
     machine.take_over_from_the_dead()
-    assert (tmp_path / "scancel.txt").read_text() == "7 10\n"
-    assert "left in Slurm are cancelled: 7 10." in caplog.text
+    assert (tmp_path / "squeue.txt").exists() == (where == "cluster")
+    if where == "cluster":
+        assert (tmp_path / "scancel.txt").read_text() == "7 10\n"
+        assert "left in Slurm are cancelled: 7 10." in caplog.text
 
 
 def test_lock_of_a_living_run_stays(place):

@@ -17,6 +17,7 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 RUN = "DGMR_RUN"
 """Environment variable of the jobs: the working folder of the run that started them."""
 _SAVING_S = 120
+_CLUSTER = "cluster"
 _alive: list[int] = []
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,10 @@ def resources() -> dict[str, int]:
     return {"mem_mb": memory // 1_000_000, "gpu": len(gpus), "mlflow": 1}
 
 
-def take_over_from_the_dead() -> None:
+def take_over_from_the_dead(is_local: bool = True) -> None:
     """Remove the lock that a killed Snakemake left in the working folder, and end the jobs it left.
+
+    ``is_local``: this run's jobs are this machine's, not a cluster's.
 
     Snakemake's own lock is a file, which outlives a SIGKILL. So every run holds a lock of the kernel's
     besides, which does not: where nobody holds it, no run is alive. Some file systems have such locks
@@ -48,7 +51,7 @@ def take_over_from_the_dead() -> None:
     descriptor = os.open(SNAKEMAKE / "alive.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _take_over(descriptor)
+        _take_over(descriptor, is_local)
     except OSError:  # another run is alive, or the file system has no such locks
         pass
     try:
@@ -59,10 +62,10 @@ def take_over_from_the_dead() -> None:
     _alive.append(descriptor)  # until this process ends, however it ends
 
 
-def _take_over(descriptor: int) -> None:
+def _take_over(descriptor: int, is_local: bool) -> None:
     locks, here = SNAKEMAKE / "locks", socket.gethostname()
     if locks.is_dir() and any(locks.iterdir()):
-        there = os.pread(descriptor, 256, 0).decode()
+        there, _, kind = os.pread(descriptor, 256, 0).decode().partition(" ")
         if there != here:
             log.warning("A run on %s has not ended here, or was killed.", there or "some machine")
             return
@@ -70,10 +73,11 @@ def _take_over(descriptor: int) -> None:
             "The run before this one was killed: its lock is removed, and the work goes on."
         )
         shutil.rmtree(locks)
-        _cancel_orphans()
+        if kind == _CLUSTER:
+            _cancel_orphans()
     _end_orphans()
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, here.encode(), 0)
+    os.pwrite(descriptor, (here if is_local else f"{here} {_CLUSTER}").encode(), 0)
 
 
 def _cancel_orphans() -> None:

@@ -21,10 +21,13 @@ from dgmr.errors import DgmrError
 from dgmr.keys import Keys
 from dgmr.params import validate
 
+# Jobs run here, not on a cluster, whose executor is not known yet as this is read; but it has nodes.
+IS_LOCAL = workflow.is_main_process and workflow.resource_settings.nodes is None
+
 try:
     PARAMS = validate(config, ", ".join(map(str, workflow.overwrite_configfiles)) or "params.yaml")
     if workflow.is_main_process and not workflow.dryrun:
-        machine.take_over_from_the_dead()
+        machine.take_over_from_the_dead(IS_LOCAL)
 except DgmrError as error:
     raise WorkflowError(str(error)) from None
 
@@ -34,9 +37,6 @@ os.environ.update(
     PATH=os.pathsep.join([os.path.dirname(sys.executable), os.getenv("PATH", "")]),
     PYTHONPATH=PACKAGES,
 )
-
-# Jobs run here, not on a cluster, whose executor is not known yet as this is read; but it has nodes.
-IS_LOCAL = workflow.is_main_process and workflow.resource_settings.nodes is None
 
 # What this machine has bounds what runs on it at once; --resources says otherwise.
 if IS_LOCAL:
