@@ -41,6 +41,8 @@ def test_nothing_that_a_run_asks_for_goes(config, tmp_path):
     used = {key for run in runs for key in Keys(run).of_work()}
     work = make_work(tmp_path, [*used, "0123456789ab"])
     write(work / "hashes.json")
+    write(work / "evaluate/accuracy/0123456789ab.json.partial", 10)
+    write(work / "features/0123456789abc/no.key")
     write(work / "fashion-mnist/train-images-idx3-ubyte.gz")
     write(work / "benchmark/targets/00000.tsv")
     write(work / "benchmark/prune_again" / Keys(config).prune_again("mlp") / "results/mlp.tsv")
@@ -48,8 +50,9 @@ def test_nothing_that_a_run_asks_for_goes(config, tmp_path):
     assert {str(each.path) for each in found} == {
         "work/features/0123456789ab",
         "work/evaluate/accuracy/0123456789ab.json",
+        "work/evaluate/accuracy/0123456789ab.json.partial",
     }
-    assert sum(each.frees for each in found) == 1010
+    assert sum(each.frees for each in found) == 1020
     clean.remove(found)
     assert clean.unneeded(config) == [] and len(list(work.rglob("*.safetensors"))) == len(used)
 

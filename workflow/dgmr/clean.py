@@ -9,7 +9,7 @@ from dgmr.keys import Keys
 from dgmr.params import Params
 
 WORK = Path("work")
-_KEY = re.compile(r"[0-9a-f]{12}")
+_KEY = re.compile(r"[0-9a-f]{12}(?=\.|$)")
 
 
 class Unneeded(NamedTuple):
@@ -34,7 +34,7 @@ def unneeded(params: Params) -> list[Unneeded]:
         for path in sorted(
             [*WORK.glob("*/*"), *WORK.glob("evaluate/*/*"), *WORK.glob("benchmark/*/*")]
         )
-        if _KEY.fullmatch(path.stem) and path.stem not in used
+        if (name := _KEY.match(path.name)) and name[0] not in used
     }
     for keys in runs:
         downloads = WORK / "data" / keys.downloads
