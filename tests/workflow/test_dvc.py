@@ -464,10 +464,10 @@ def test_a_short_walk_ends_where_a_clean_run_does(clone, finished, tmp_path):
     place = finished.copy(tmp_path / "clean").edit(**sets["evaluate"])
     place.finish()
     clean = {"first": content(finished / "results"), "evaluate": content(place / "results")}
+    clone.call("dvc", "commit", "--force")
     walk = Walk(clone, clean, seed=0, sets=sets)
-    walk.locked = None
+    walk.check()
     for operation in (
-        walk.record,
         walk.edit,
         walk.repro,
         walk.relink,
