@@ -233,6 +233,15 @@ def test_evaluation_images_count(place):
     assert "evaluation_shards" in changed(before, values)
 
 
+def test_evaluation_images_are_looked_at_once_for_a_sweep(place, monkeypatch):
+    seen = []
+    monkeypatch.setattr(keys, "listing", lambda folder: seen.append(folder) or "listed")
+    values = with_value("data.eval", {"source": "imagefolder", "path": "images"})
+    runs = Keys(params.validate(values | {"sweep": {"prune.ratio": [0.5, 2.0]}})).runs
+    assert len(runs) == 3 and len({run.evaluation_shards for run in runs}) == 1
+    assert len(seen) == 1
+
+
 def test_evaluation_tars_count(place):
     values = with_value("data.eval", {"source": "webdataset", "path": "tars/*.tar"})
     nothing = all_keys(values)

@@ -116,12 +116,12 @@ def listing(folder: Path) -> str:
 
     So a file that is replaced by one of the same size is not noticed.
     """
-    found = [
-        (os.path.relpath(path, folder), os.stat(path).st_size)
-        for where, _, names in os.walk(folder, followlinks=True)
-        for path in (os.path.join(where, name) for name in names)
-        if os.path.exists(path)
-    ]
+    found = []
+    for where, _, names in os.walk(folder, followlinks=True):
+        within = os.path.relpath(where, folder)
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # a link that leads nowhere
+                found.append((within, name, os.stat(os.path.join(where, name)).st_size))
     return key(sorted(found))
 
 

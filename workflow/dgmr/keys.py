@@ -27,16 +27,21 @@ def step(rule: str, module: str, *parts: Any) -> str:
     return key(command(rule), code(module), *parts)
 
 
+def _matching(pattern: str | None) -> list[str]:
+    return sorted(glob(pattern or "", recursive=True))
+
+
 class Keys:
     """The keys of a run with ``params``, each computed when it is asked for."""
 
-    def __init__(self, params: Params) -> None:
-        self.params = params
+    def __init__(self, params: Params, main: "Keys | None" = None) -> None:
+        """``main``: of the run, where these are of a point of its sweep."""
+        self.params, self._main = params, main or self
 
     @functools.cached_property
     def points(self) -> dict[str, "Keys"]:
         """Of the points of the run's sweep, by their names."""
-        return {name: Keys(params) for name, params in self.params.points().items()}
+        return {name: Keys(params, self) for name, params in self.params.points().items()}
 
     @property
     def runs(self) -> list["Keys"]:
@@ -71,14 +76,14 @@ class Keys:
         data = self.params.data
         table: Any = self.fashion_table
         if data.table is not None:
-            table = [data.table, content(Path(file) for file in self.tables)]
+            table = [data.table, content(map(Path, self.tables))]
         drawn = data.model_dump(mode="json", exclude={"eval", "download", "image_size"})
         return step("select_samples", "dgmr.data.select", table, drawn)
 
     @property
     def tables(self) -> list[str]:
         """The files of ``data.table``."""
-        return sorted(glob(self.params.data.table or "", recursive=True))
+        return _matching(self.params.data.table)
 
     @functools.cached_property
     def downloads(self) -> str:
@@ -101,13 +106,15 @@ class Keys:
     @functools.cached_property
     def evaluation_shards(self) -> str:
         """``work/data/<key>/evaluation``; with the content of tars, names and sizes of an ImageFolder's files."""
+        if self._main is not self:  # no sweep is of data, and to look at many files takes its time
+            return self._main.evaluation_shards
         data = self.params.data
         wanted = data.eval.model_dump(mode="json")
         match data.eval.source:
             case "imagefolder":
                 images: Any = listing(Path(str(data.eval.path)))
             case "webdataset":
-                images = content(map(Path, sorted(glob(str(data.eval.path), recursive=True))))
+                images = content(map(Path, _matching(data.eval.path)))
             case _:
                 images = None
         return step("pack_evaluation", "dgmr.data.evaluation", wanted, images, data.shard_size)
